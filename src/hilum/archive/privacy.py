@@ -1,0 +1,66 @@
+"""Keyed hashes instead of identifiers.
+
+Names, patient ids, UIDs and paths stay in this room. What we write carries `HMAC-SHA256(key, kind:identifier)` cut to
+16 hex digits: stable for whoever holds the key, meaningless for everyone else (a plain hash of a patient number could be
+undone by trying all numbers). The key is a small file that its owner keeps; labels are joined by hashing their
+identifiers with the same key, on the fly.
+"""
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hilum.errors import InputError
+from hilum.records import write_atomic
+
+Kind = Literal["patient", "study", "series", "item"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """The secret that turns identifiers into hashes."""
+
+    secret: bytes
+
+    def __repr__(self) -> str:  # never print the secret
+        return f"Key({self.fingerprint})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hex digits that tell two keys apart and reveal neither."""
+        return hashlib.sha256(b"hilum-key:" + self.secret).hexdigest()[:8]
+
+    def hash(self, kind: Kind, identifier: str) -> str:
+        """16 hex digits. An empty identifier stays empty: an unknown patient is not one common patient."""
+        if not identifier:
+            return ""
+        message = f"{kind}:{identifier}".encode("utf-8", "surrogateescape")
+        return hmac.new(self.secret, message, hashlib.sha256).hexdigest()[:16]
+
+
+def key_path() -> Path:
+    """`$HILUM_KEY`, or `~/.config/hilum/key`."""
+    given = os.environ.get("HILUM_KEY")
+    return Path(given) if given else Path.home() / ".config" / "hilum" / "key"
+
+
+def read_key(path: Path | None = None) -> Key:
+    """The user's key; made at random, readable by its owner only, when there is none yet."""
+    path = path or key_path()
+    if not path.exists():
+        with write_atomic(path) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_text(secrets.token_hex(32) + "\n")
+    try:
+        secret = bytes.fromhex(path.read_text().strip())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the key file {path} cannot be read ({error}); expected 64 hex digits. Point HILUM_KEY to the right file"
+        ) from None
+    if len(secret) < 16:
+        raise InputError(f"the key in {path} has {len(secret)} bytes; expected at least 16")
+    return Key(secret)

@@ -1,0 +1,1 @@
+"""Light heads on frozen features, and the evaluation that keeps patients apart. Nothing here imports torch."""
