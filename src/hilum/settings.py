@@ -38,7 +38,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "settings") -> 
 def override(settings: T, assignments: Iterable[str]) -> T:
     """Apply `a.b=c` assignments; values are read as TOML (numbers, booleans, lists) or else as text."""
     values = to_dict(settings)
-    complaints = []
+    complaints: list[str] = []
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         *parents, leaf = name.strip().split(".")
@@ -49,9 +49,10 @@ def override(settings: T, assignments: Iterable[str]) -> T:
             complaints.append(f"'{assignment}' is no setting{_known(values, parents)}; expected a.b=value")
             continue
         node[leaf] = _parse(text.strip())
+    built = _build(type(settings), values, "", complaints)
     if complaints:
         raise UsageError("; ".join(complaints))
-    return from_dict(type(settings), values)
+    return typing.cast(T, built)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def _build(cls: Any, values: Any, prefix: str, complaints: list[str]) -> Any:
     for name in sorted(values.keys() - fields):
         complaints.append(f"unknown setting {prefix}{name} (known: {', '.join(sorted(fields))})")
     built = {n: _convert(hints[n], v, f"{prefix}{n}", complaints) for n, v in values.items() if n in fields}
-    if complaints:
+    if complaints:  # from here or from before: nothing will be used
         return None
     try:
         return cls(**built)

@@ -144,8 +144,8 @@ def resample(vol: Volume, spacing_mm: Spacing) -> Volume:
     spacing_mm  wanted (dz, dy, dx), each > 0
     returns     (Z', Y', X'); the centre of the field stays where it was
 
-    Intensities are averaged (Gaussian, sigma = half the ratio of spacings) before the grid gets coarser and then
-    interpolated linearly; labels take the nearest voxel.
+    Intensities are averaged (Gaussian, sigma = √(ratio² - 1) / 2 voxels for a ratio of spacings above 1, nothing at 1)
+    before the grid gets coarser and then interpolated linearly; labels take the nearest voxel.
     """
     affine = vol._affine("resample")
     wanted = np.asarray(spacing_mm, float)
@@ -156,7 +156,8 @@ def resample(vol: Volume, spacing_mm: Spacing) -> Volume:
     start = (np.array(vol.shape) - 1) / 2 - ratio * (shape - 1) / 2  # centre of field stays
     voxels = vol.voxels
     if vol.kind == "intensity":
-        voxels = ndimage.gaussian_filter(voxels.astype(np.float32), np.where(ratio > 1, ratio / 2, 0), mode="nearest")
+        sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2
+        voxels = ndimage.gaussian_filter(voxels.astype(np.float32), sigma, mode="nearest")
     order = 1 if vol.kind == "intensity" else 0
     voxels = ndimage.affine_transform(voxels, ratio, start, tuple(shape), order=order, mode="nearest")
     out = affine.copy()

@@ -1,8 +1,8 @@
 """Keyed hashes instead of identifiers.
 
 Names, patient ids, UIDs and paths stay in this room. What we write carries `HMAC-SHA256(key, kind:identifier)` cut to
-16 hex digits: stable for whoever holds the key, meaningless for everyone else (a plain hash of a patient number could be
-undone by trying all numbers). The key is a small file that its owner keeps; labels are joined by hashing their
+16 hex digits: stable for whoever holds the key, meaningless for everyone else (a plain hash of a patient number could
+be undone by trying all numbers). The key is a small file that its owner keeps; labels are joined by hashing their
 identifiers with the same key, on the fly.
 """
 
@@ -51,15 +51,16 @@ def key_path() -> Path:
 def read_key(path: Path | None = None) -> Key:
     """The user's key; made at random, readable by its owner only, when there is none yet."""
     path = path or key_path()
-    if not path.exists():
-        with write_atomic(path) as temporary:
-            temporary.touch(mode=0o600)
-            temporary.write_text(secrets.token_hex(32) + "\n")
     try:
+        if not path.exists():
+            with write_atomic(path) as temporary:
+                temporary.touch(mode=0o600)
+                temporary.write_text(secrets.token_hex(32) + "\n")
         secret = bytes.fromhex(path.read_text().strip())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"the key file {path} cannot be read ({error}); expected 64 hex digits. Point HILUM_KEY to the right file"
+            f"the key file {path} cannot be read or made ({error}); expected 64 hex digits. Point HILUM_KEY to the "
+            "right file"
         ) from None
     if len(secret) < 16:
         raise InputError(f"the key in {path} has {len(secret)} bytes; expected at least 16")

@@ -132,8 +132,10 @@ def write_index(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_index(path: Path) -> list[Row]:
-    rows = read_table(path).to_pylist()
-    return [Row(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+    rows: list[dict[str, Any]] = read_table(path).to_pylist()
+    for row in rows:
+        row.update({k: tuple(v) for k, v in row.items() if isinstance(v, list)})
+    return [Row(**row) for row in rows]
 
 
 def write_header(root: Path, header: dict[str, Any]) -> None:

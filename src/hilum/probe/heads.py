@@ -68,13 +68,15 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Array) -> Array:
         """(N,) classes or numbers."""
-        predicted: Array = self.model_.predict(self._transform(X))
+        reduced = self._transform(X)
+        predicted: Array = self.model_.predict(reduced)
         return self.classes_[predicted] if self.task == "classification" else predicted
 
     def predict_proba(self, X: Array) -> Array:
         """(N, classes) in the order of `classes_`; rows sum to 1. UsageError for regression."""
         _check_classifier(self.task)
-        proba: Array = self.model_.predict_proba(self._transform(X))
+        reduced = self._transform(X)
+        proba: Array = self.model_.predict_proba(reduced)
         return proba
 
     def _transform(self, X: Array) -> Array:
@@ -139,18 +141,23 @@ class KNNProbe(BaseEstimator):  # type: ignore[misc]
 HEADS: dict[str, type[LinearProbe] | type[KNNProbe]] = {"linear": LinearProbe, "knn": KNNProbe}
 
 
-def make_head(name: str, **options: Any) -> LinearProbe | KNNProbe:
-    """An unfitted head by name. Options that are None keep their default.
+def make_head(name: str, *, seed: int = 0, **options: Any) -> LinearProbe | KNNProbe:
+    """An unfitted head by name.
+
+    seed     goes to heads that draw
+    options  of the head; None keeps its default
 
     UsageError for an unknown name or option, listing the known ones.
     """
     if name not in HEADS:
         raise UsageError(f"unknown head '{name}'; known: {', '.join(HEADS)}")
-    given = {option: value for option, value in options.items() if value is not None}
     known = HEADS[name]().get_params()
+    given = {option: value for option, value in options.items() if value is not None}
     unknown = [option for option in given if option not in known]
     if unknown:
         raise UsageError(f"head '{name}' has no option {', '.join(unknown)}; known: {', '.join(known)}")
+    if "seed" in known:
+        given["seed"] = seed
     return HEADS[name](**given)
 
 

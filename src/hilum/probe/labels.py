@@ -103,7 +103,9 @@ def read_features(path: Path, level: str | None = None) -> Features:
         raise LabelsError(f"{path.name} holds no features. Embed a folder that has readable scans")
     models = sorted(set(table["model"].to_pylist()))
     if len(models) > 1:
-        raise UsageError(f"{path.name} holds features of several models ({', '.join(models)}); expected one model a file")
+        raise UsageError(
+            f"{path.name} holds features of several models ({', '.join(models)}); expected one model a file"
+        )
     if len(set(table["item"].to_pylist())) < table.num_rows:
         raise InputError(f"{path.name} repeats items; expected one row per item. Embed again into a new file")
     return Features(
@@ -119,7 +121,7 @@ def read_features(path: Path, level: str | None = None) -> Features:
 def _vectors(column: Any) -> NDArray[np.float32]:
     array = column.combine_chunks()
     values = array.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    rows = values.reshape(len(array) - array.null_count, -1)
+    rows: NDArray[np.float32] = values.reshape(len(array) - array.null_count, -1)
     num_bad = array.null_count + int(np.count_nonzero(~np.isfinite(rows).all(axis=1)))
     if num_bad:
         raise LabelsError(
@@ -166,7 +168,7 @@ def _read_csv(path: Path) -> Labels:
 
 
 def _text(value: Any) -> str:
-    """A cell as text; "" for nothing and NaN; whole floats as integers, as a column with gaps turns them into floats."""
+    """A cell as text; "" for nothing and NaN; whole floats as integers (a column with gaps turns them into floats)."""
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -212,7 +214,9 @@ def match_cases(
     for name in wanted[1:]:
         num_empty = sum(not columns[name][i] for i in index)
         if num_empty:
-            raise LabelsError(f"column '{name}' is empty for {num_empty} of {len(index)} cases; fill it or choose another")
+            raise LabelsError(
+                f"column '{name}' is empty for {num_empty} of {len(index)} cases; fill it or choose another"
+            )
     picked = {name: [values[i] for i in index] for name, values in columns.items()}
     return Cases(
         index=index,
@@ -304,13 +308,13 @@ def hash_identifiers(features: Features, name: str, values: Sequence[str], kind:
 
 def _whole_numbers(name: str, values: Sequence[str]) -> list[str]:
     """Slice and region numbers in one spelling: "07" and "7.0" are "7"."""
-    try:
-        return [str(int(float(v))) if v and float(v).is_integer() else _refuse(name, v) for v in values]
-    except (ValueError, OverflowError):
-        raise LabelsError(f"column '{name}' of the labels holds something else than whole numbers") from None
-
-
-def _refuse(name: str, value: str) -> str:
-    if value:
-        raise ValueError(name)
-    return ""
+    spelled = []
+    for value in values:
+        try:
+            whole = not value or float(value).is_integer()
+        except ValueError:
+            whole = False
+        if not whole:
+            raise LabelsError(f"column '{name}' of the labels holds '{value}'; expected whole numbers")
+        spelled.append(str(int(float(value))) if value else "")
+    return spelled

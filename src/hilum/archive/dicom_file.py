@@ -1,0 +1,376 @@
+"""One DICOM file: what its header says, whether it is a plain CT or MR slice, and its pixels.
+
+Files are recognised by content. The header is read once, with a fixed list of attributes, up to the last of them
+(0028,1054): private groups, overlays and pixels are not touched. Nothing is believed that can be checked.
+"""
+
+import logging
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import read_partial
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from hilum.errors import ScanRefused
+
+# pydicom's own messages may quote identifiers; what matters in them reaches the ledger as a reason instead.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+
+# What pydicom and its decoders are known to raise on broken or hostile files. OSError: seeking beyond the end.
+BROKEN = (
+    InvalidDicomError, BytesLengthException, struct.error, zlib.error, EOFError, OSError, ValueError, TypeError,
+    LookupError, AttributeError, NotImplementedError, ArithmeticError, MemoryError, RecursionError, RuntimeError,
+)  # fmt: skip
+
+_TAGS = {
+    keyword: int(tag_for_keyword(keyword) or 0)
+    for keyword in (
+        "ImageType", "SOPClassUID", "SOPInstanceUID", "ContentTime", "AcquisitionTime", "Modality", "Manufacturer",
+        "PatientID", "SliceThickness", "EchoTime", "EchoNumbers", "SpacingBetweenSlices", "TriggerTime",
+        "DiffusionBValue", "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber", "ImagePositionPatient",
+        "ImageOrientationPatient", "TemporalPositionIdentifier", "SamplesPerPixel", "PhotometricInterpretation",
+        "NumberOfFrames", "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit",
+        "PixelRepresentation", "RescaleIntercept", "RescaleSlope", "RescaleType",
+    )
+}  # fmt: skip
+_LAST_TAG = max(_TAGS.values())
+_PIXEL_DATA = 0x7FE00010
+_PIXEL_TAGS = [0x00280006, 0x7FE00001, 0x7FE00002, _PIXEL_DATA]  # planar configuration, offset tables, pixels
+
+_CLASSES = "1.2.840.10008.5.1.4.1.1."
+CT_IMAGE, MR_IMAGE = _CLASSES + "2", _CLASSES + "4"
+# SOP class → reason; a trailing dot matches everything below. The first match counts (PS3.4 B.5).
+_SET_ASIDE = (
+    *((_CLASSES + c, "multiframe") for c in ("2.1", "2.2", "4.1", "4.3", "4.4")),
+    *((_CLASSES + c, "secondary_capture") for c in ("7", "7.")),
+    *((_CLASSES + c, "projection") for c in ("1", "1.", "12.", "13.")),
+    *((_CLASSES + c, "ultrasound") for c in ("3", "3.", "6", "6.")),
+    *((_CLASSES + c, "segmentation") for c in ("66.4", "66.5", "66.7")),
+    (_CLASSES + "481.3", "structure_set"),
+    *((_CLASSES + c, "report") for c in ("88.", "104.")),
+    (_CLASSES + "11.", "presentation"),
+    (_CLASSES + "30", "parametric_map"),
+    *((_CLASSES + c, "other_modality") for c in ("4.2", "20", "77.", "128", "128.", "130", "14.", "481.1")),
+    ("1.2.840.10008.1.3.10", "dicomdir"),
+)
+_LOCALIZERS = {"LOCALIZER", "SCOUT", "SURVEY", "TOPOGRAM"}
+_MOSAICS = {"MOSAIC", "VFRAME"}  # Siemens, United Imaging
+# Values of ImageType (after the first two) that say: not the acquired signal. Anything else, such as a DERIVED\PRIMARY
+# \AXIAL CT, a multi-planar reformat or an average, keeps the meaning of its voxels and is used.
+_MAPS = {
+    "ADC", "ADC_UNSPECIFIED", "EADC", "FA", "FA_MAP", "TENSOR", "COLFA", "CBF", "CBV", "MTT", "TTP", "TMAX",
+    "RCBF", "RCBV", "RMTT", "RELCBF", "RELCBV", "RELMTT", "TTEST", "T_MAP", "T1_MAP", "T2_MAP", "T2_STAR_MAP",
+    "T1 MAP", "T2 MAP", "T2_STAR MAP", "R2_MAP", "R2_STAR_MAP", "B0_MAP", "B1_MAP", "FIELD_MAP", "P", "PHASE",
+    "PHASE MAP", "VELOCITY MAP", "SUB", "SUBTRACTION", "MIP", "MINIP", "MIN_IP", "PROJECTION IMAGE", "VRT", "SSD",
+    "CPR", "CURVED", "IODINE",
+}  # fmt: skip
+_MAPS_WHEN_DERIVED = {"PERFUSION", "ASL", "DIFFUSION_MAP"}
+_OTHER_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # RescaleType, PS3.3 C.11.1.1.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What one file says of itself. Identifiers in it stay in this room.
+
+    path         of the file
+    refusal      reason code when the file is no plain CT or MR slice, with its `detail`; "" when it is
+    position, orientation, pixel_spacing   in mm, () when absent or unusable
+    slope, intercept                       None when absent
+    splits       values that may tell the volumes of one series apart, by keyword
+    """
+
+    path: Path
+    size: int
+    refusal: str = ""
+    detail: str = ""
+    patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    instance_uid: str = ""
+    modality: str = ""
+    manufacturer: str = ""
+    transfer_syntax: str = ""
+    rows: int = 0
+    columns: int = 0
+    bits_allocated: int = 0
+    position: tuple[float, ...] = ()
+    orientation: tuple[float, ...] = ()
+    pixel_spacing: tuple[float, ...] = ()
+    thickness: float = 0.0
+    spacing_tag: float = 0.0
+    slope: float | None = None
+    intercept: float | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+
+
+SPLIT_KEYWORDS = (
+    "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue", "TriggerTime", "AcquisitionNumber",
+    "ImageType", "AcquisitionTime", "ContentTime",
+)  # fmt: skip
+
+
+def looks_like_dicom(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (132 or more) is DICOM, also without preamble and meta header.
+
+    Without the magic word, the first element must be a short one of group 0002 or 0008, in any encoding.
+    """
+    if head[128:132] == b"DICM":
+        return True
+    if len(head) < 16:
+        return False
+    for order in ("<", ">"):
+        group, element, length = struct.unpack(f"{order}HHI", head[:8])
+        if group not in (0x0002, 0x0008) or element > 0x0070:
+            continue
+        explicit = head[4:6] in (b"UL", b"UI", b"CS", b"SH", b"LO", b"DA", b"TM", b"OB")
+        if explicit or (order == "<" and length <= 128):
+            return True
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """pydicom warns about odd values; each that matters is checked here by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def read_header(handle: BinaryIO, path: Path) -> Header:
+    """Read one file's header from its open handle.
+
+    returns  always a Header; what is wrong with the file is its `refusal`
+    """
+    size = os.fstat(handle.fileno()).st_size
+    handle.seek(0)
+    forced = handle.read(132)[128:] != b"DICM"
+    handle.seek(0)
+    try:
+        with _quiet():
+            data = read_partial(handle, _beyond, specific_tags=list(_TAGS.values()), force=forced)
+            return _describe(data, path, size, forced)
+    except BROKEN as error:
+        return Header(path=path, size=size, refusal="corrupt", detail=f"DICOM header ({type(error).__name__})")
+
+
+def _beyond(tag: int, vr: str | None, length: int) -> bool:
+    return int.__gt__(tag, _LAST_TAG)  # the operator of pydicom's tag class is ten times slower
+
+
+def _describe(data: Dataset, path: Path, size: int, forced: bool) -> Header:
+    text = _Texts(data)
+    meta = data.file_meta
+    repairs = ["no preamble or meta header"] if forced and "TransferSyntaxUID" not in meta else []
+    sop_class = text["SOPClassUID"] or str(meta.get("MediaStorageSOPClassUID", ""))
+    modality = {CT_IMAGE: "CT", MR_IMAGE: "MR"}.get(sop_class, "")
+    if not sop_class and text["Modality"] in ("CT", "MR") and text["Rows"]:
+        modality = text["Modality"]
+        repairs.append("SOP class missing: taken from Modality")
+    elif modality and not text["SOPClassUID"]:
+        repairs.append("SOP class missing: taken from the meta header")
+    if forced and not modality and not sop_class:
+        return Header(path=path, size=size, refusal="not_an_image")
+    refusal, detail = _refusal(text, sop_class, modality, size)
+    syntax = UID(str(meta.get("TransferSyntaxUID", "")))
+    return Header(
+        path=path,
+        size=size,
+        refusal=refusal,
+        detail=detail,
+        patient_id=_patient_id(data),
+        study_uid=text["StudyInstanceUID"],
+        series_uid=text["SeriesInstanceUID"],
+        instance_uid=text["SOPInstanceUID"] or str(meta.get("MediaStorageSOPInstanceUID", "")),
+        modality=modality or (text["Modality"] if text["Modality"] in ("CT", "MR") else "OT"),
+        manufacturer=text["Manufacturer"],
+        transfer_syntax=syntax.name if syntax.is_transfer_syntax and not syntax.is_private else "",
+        rows=_integer(text["Rows"]),
+        columns=_integer(text["Columns"]),
+        bits_allocated=_integer(text["BitsAllocated"]),
+        position=text.numbers("ImagePositionPatient", 3),
+        orientation=text.numbers("ImageOrientationPatient", 6),
+        pixel_spacing=text.numbers("PixelSpacing", 2),
+        thickness=sum(text.numbers("SliceThickness", 1)),
+        spacing_tag=sum(text.numbers("SpacingBetweenSlices", 1)),
+        slope=next(iter(text.numbers("RescaleSlope", 1)), None),
+        intercept=next(iter(text.numbers("RescaleIntercept", 1)), None),
+        splits={k: text[k] for k in SPLIT_KEYWORDS if text[k]},
+        repairs=tuple(repairs),
+    )
+
+
+def _refusal(text: "_Texts", sop_class: str, modality: str, size: int) -> tuple[str, str]:
+    """Why a file is no plain CT or MR slice: (reason, detail), or ("", "")."""
+    if not modality:
+        for prefix, reason in _SET_ASIDE:
+            if sop_class == prefix or (prefix.endswith(".") and sop_class.startswith(prefix)):
+                return reason, ""
+        return "other_object", UID(sop_class).name if UID(sop_class).name != sop_class else "unknown SOP class"
+    kinds = text["ImageType"].upper().split("\\")
+    if _LOCALIZERS & set(kinds):
+        return "localizer", ""
+    if _MOSAICS & set(kinds):
+        return "mosaic", ""
+    if _integer(text["NumberOfFrames"]) > 1:
+        return "multiframe", f"{_integer(text['NumberOfFrames'])} frames in a classic image"
+    found = next((k for k in kinds[2:] if k in _MAPS or (kinds[0] == "DERIVED" and k in _MAPS_WHEN_DERIVED)), "")
+    if found:
+        return "derived", found
+    if (_integer(text["SamplesPerPixel"]) or 1) != 1:
+        return "colour", f"{text['SamplesPerPixel']} samples per pixel"
+    if text["PhotometricInterpretation"] == "MONOCHROME1":
+        return "monochrome1", ""
+    if modality == "CT" and text["RescaleType"].upper() in _OTHER_UNITS:
+        return "not_hu", f"RescaleType {text['RescaleType'].upper()}"
+    if modality == "CT" and not (text.numbers("RescaleSlope", 1) and text.numbers("RescaleIntercept", 1)):
+        return "no_rescale", ""
+    rows, columns, bits = (_integer(text[k]) for k in ("Rows", "Columns", "BitsAllocated"))
+    if not rows or not columns or not bits:
+        return "truncated", "the header ends before it describes the pixels"
+    compressed = UID(str(text.data.file_meta.get("TransferSyntaxUID", ""))) not in _PLAIN
+    if not compressed and size < rows * columns * bits // 8:
+        return "truncated", f"{size} bytes, expected at least {rows * columns * bits // 8}"
+    return "", ""
+
+
+_PLAIN = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_DEFLATED, _RLE = DeflatedExplicitVRLittleEndian, RLELossless
+
+
+class _Texts:
+    """Attributes of a header as plain text, decoded without pydicom's (slow, warning) value conversion."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, keyword: str) -> str:
+        tag = _TAGS[keyword]
+        if tag not in self.data:
+            return ""
+        element: Any = self.data.get_item(tag)
+        value = element.value
+        if not isinstance(value, bytes):
+            return "" if value is None else str(value)
+        if keyword in _BINARY:
+            order = "little" if getattr(element, "is_little_endian", True) else "big"
+            return str(int.from_bytes(value[:2], order)) if len(value) >= 2 else ""  # type: ignore[arg-type]
+        if keyword == "DiffusionBValue":
+            order = "<" if getattr(element, "is_little_endian", True) else ">"
+            return f"{struct.unpack(order + 'd', value)[0]:g}" if len(value) == 8 else ""
+        return value.decode("latin-1").strip(" \0")
+
+    def numbers(self, keyword: str, wanted: int) -> tuple[float, ...]:
+        """`wanted` finite numbers, or () when there are fewer, more, or other things."""
+        try:
+            values = tuple(float(v) for v in self[keyword].split("\\"))
+        except ValueError:
+            return ()
+        return values if len(values) == wanted and all(np.isfinite(values)) else ()
+
+
+_BINARY = {"SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"}
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text.split("\\")[0])
+    except ValueError:
+        return 0
+
+
+def _patient_id(data: Dataset) -> str:
+    """PatientID as text; characters beyond ASCII are read in the file's own character set, as labels will have them."""
+    tag = _TAGS["PatientID"]
+    if tag not in data:
+        return ""
+    raw = data.get_item(tag).value
+    if isinstance(raw, bytes) and raw.isascii():
+        return raw.decode("ascii").strip(" \0")
+    return str(data[tag].value or "").strip(" \0")
+
+
+def read_slice(path: Path) -> tuple[Header, NDArray[Any], str]:
+    """One slice: its header and its stored pixels, before rescaling. Raises ScanRefused.
+
+    returns  header; (Y, X) integers of the file's own depth and sign; a note when unused high bits had to be cleared
+
+    Bits outside BitsStored may hold an old overlay (PS3.5 8.1.1) and are cleared.
+    """
+    name = "unknown transfer syntax"
+    try:
+        with _quiet():
+            data = dcmread(path, specific_tags=[*_TAGS.values(), *_PIXEL_TAGS], force=True)
+            header = _describe(data, path, path.stat().st_size, forced=not data.preamble)
+            if header.refusal:
+                raise ScanRefused(header.refusal, header.detail)
+            if _PIXEL_DATA not in data:
+                raise ScanRefused("truncated", "no pixel data")
+            syntax = data.file_meta.get("TransferSyntaxUID") or _guess_syntax(data)
+            name = UID(syntax).name
+            _check_length(data, syntax)
+            pixels, _ = get_decoder(syntax).as_array(data, raw=True)
+    except (PermissionError, FileNotFoundError) as error:
+        raise ScanRefused("unreadable", type(error).__name__) from None
+    except BROKEN as error:
+        raise ScanRefused("cannot_decode", f"{name} ({type(error).__name__})") from None
+    if pixels.ndim != 2:
+        raise ScanRefused("cannot_decode", f"{name}: {pixels.ndim} axes decoded, expected rows and columns")
+    return header, *_clear_unused_bits(pixels, data, words=syntax in (*_PLAIN, _DEFLATED, _RLE))
+
+
+def _guess_syntax(data: Dataset) -> UID:
+    """A file without meta header is in one of the three plain syntaxes; pydicom has found out which."""
+    implicit, little = data.original_encoding
+    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+
+
+def _check_length(data: Dataset, syntax: str) -> None:
+    if syntax not in _PLAIN:
+        return
+    expected = int(data.Rows) * int(data.Columns) * int(data.BitsAllocated) // 8
+    found = len(data.get_item(_PIXEL_DATA).value or b"")
+    if found < expected:
+        raise ScanRefused("truncated", f"{found} of {expected} bytes of pixel data")
+
+
+def _clear_unused_bits(pixels: NDArray[Any], data: Dataset, *, words: bool) -> tuple[NDArray[Any], str]:
+    """Keep the BitsStored bits that end at HighBit, with their sign.
+
+    words  the decoder hands out stored words as they are; else it hands out numbers, which must fit already
+    """
+    allocated, stored = pixels.dtype.itemsize * 8, int(data.BitsStored)
+    high = int(data.get("HighBit", stored - 1))
+    if not 0 < stored <= high + 1 <= allocated:
+        raise ScanRefused("cannot_decode", f"BitsStored {stored}, HighBit {high}, {allocated} bits decoded")
+    if stored == allocated:
+        return pixels, ""
+    if not words:
+        low = -(1 << (stored - 1)) if np.issubdtype(pixels.dtype, np.signedinteger) else 0
+        if pixels.min() < low or pixels.max() >= low + (1 << stored):
+            raise ScanRefused("cannot_decode", f"decoded values exceed BitsStored {stored}")
+        return pixels, ""
+    cleared = (pixels << (allocated - 1 - high)) >> (allocated - stored)
+    changed = high == stored - 1 and bool((cleared != pixels).any())
+    return cleared, "bits outside BitsStored cleared" if changed else ""

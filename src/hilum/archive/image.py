@@ -1,0 +1,89 @@
+"""PNG and JPEG: one slice each, without geometry."""
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from hilum.errors import ScanRefused
+from hilum.volume import Volume
+
+_EXIF_ORIENTATION = 0x0112
+# What Pillow raises on broken files; a truncated image is an OSError, a broken PNG chunk a SyntaxError.
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error, MemoryError)
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins with these bytes is PNG or JPEG."""
+    return head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff"
+
+
+def read_header(path: Path) -> tuple[int, int]:
+    """Rows and columns, without decoding unless colour channels must be compared. Raises ScanRefused."""
+    with _opened(path) as image:
+        columns, rows = image.size
+        if image.mode not in ("L", "I;16", "I;16B", "I"):
+            _grey(image)
+    return rows, columns
+
+
+def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
+    """Read one image. Raises ScanRefused.
+
+    returns  voxels (1, Y, X) uint8 or uint16, as stored: an EXIF rotation is reported, not applied; notes
+    """
+    with _opened(path) as image:
+        pixels, notes = _grey(image)
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1)
+    if turned != 1:
+        notes = (*notes, f"EXIF orientation {int(turned)} not applied")
+    if pixels.min() == pixels.max():
+        raise ScanRefused("constant", f"all pixels {int(pixels.flat[0])}")
+    return Volume(voxels=pixels[None], affine=None, modality="OT"), notes
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header has been read; Pillow's errors become refusals, also those of the body."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ScanRefused("multiframe", f"{image.n_frames} frames in one image file")  # type: ignore[attr-defined]
+                yield image
+    except _BOMB:
+        raise ScanRefused("too_large", "more pixels than a radiological image has") from None
+    except (PermissionError, FileNotFoundError) as error:
+        raise ScanRefused("unreadable", type(error).__name__) from None
+    except UnidentifiedImageError:
+        raise ScanRefused("corrupt", "the header of the image cannot be parsed") from None
+    except _BROKEN as error:
+        raise ScanRefused("truncated", f"the image cannot be decoded ({type(error).__name__})") from None
+
+
+def _grey(image: Image.Image) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8 | np.uint16]], tuple[str, ...]]:
+    """Pixels (Y, X) of a grey image, also of one saved as colour with equal channels; and a note on that."""
+    if image.mode == "1":
+        raise ScanRefused("label_map", "one bit per pixel")
+    if image.mode == "L":
+        return np.asarray(image, np.uint8), ()
+    if image.mode.startswith("I"):
+        wide = np.asarray(image)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ScanRefused("other_format", "more than 16 bits per pixel")
+        return wide.astype(np.uint16), ()
+    if image.mode not in ("P", "PA", "LA", "RGB", "RGBA"):
+        raise ScanRefused("colour", f"mode {image.mode}")
+    channels = np.asarray(image.convert("RGBA"))
+    if (channels[..., 0] != channels[..., 1]).any() or (channels[..., 0] != channels[..., 2]).any():
+        raise ScanRefused("colour", f"mode {image.mode}")
+    note = "alpha channel dropped" if (channels[..., 3] != 255).any() else "grey saved as colour"
+    return np.ascontiguousarray(channels[..., 0]), (note,)

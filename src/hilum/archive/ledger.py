@@ -1,0 +1,227 @@
+"""The ledger: what became of every file, one row per scan and per group of refused files, with a named reason.
+
+`num_files` summed over all rows is the number of files in the archive. A row carries keyed hashes, technical values and
+reason codes: no name, no identifier, no path. The paths of a row live in `Entry.paths` and are written only to the
+companion `<stem>.paths.parquet`, which says where each row lies: keep that file inside the hospital.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from hilum.errors import InputError
+from hilum.records import read_table, write_table
+
+LEDGER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why files were not used.
+
+    sentence  for the user
+    fault     True when this looked like a usable scan but could not be used; False when set aside by design
+    """
+
+    sentence: str
+    fault: bool
+
+
+REASONS: dict[str, Reason] = {
+    # Faults: somebody may want to repair these.
+    "unreadable": Reason("The file or folder cannot be opened (permission, broken link, failing disk).", True),
+    "corrupt": Reason("The file begins like a known format but cannot be parsed.", True),
+    "truncated": Reason("The file ends before its image does, or holds no pixels at all.", True),
+    "cannot_decode": Reason("The pixel data cannot be decoded: no decoder, or a broken stream.", True),
+    "reader_crashed": Reason("The reading process died on this scan; it was left out, the others went on.", True),
+    "no_geometry": Reason("Position, orientation or spacing is missing or not usable.", True),
+    "bad_orientation": Reason("The direction vectors are not of unit length or not at right angles.", True),
+    "mixed_orientations": Reason("One series holds slices of several orientations; they are no volume.", True),
+    "mixed_patients": Reason("One series identifier is shared by several patients or studies.", True),
+    "irregular_spacing": Reason("The distance between slices changes: slices are missing or two spacings mixed.", True),
+    "positions_not_on_a_line": Reason("The slice positions do not lie on one straight line.", True),
+    "duplicate_positions": Reason("Several slices share a position and no attribute tells the volumes apart.", True),
+    "incomplete_volume": Reason("This part of a split series has fewer slices than its sisters.", True),
+    "no_rescale": Reason("A CT without RescaleSlope and RescaleIntercept has no Hounsfield units.", True),
+    "not_hu": Reason("The series calls itself CT but its values are another quantity than Hounsfield units.", True),
+    "monochrome1": Reason("Inverted grey scale (MONOCHROME1) in a CT or MR.", True),
+    "non_finite": Reason("Voxels are NaN or infinite.", True),
+    "too_large": Reason("The image claims more voxels than fit here, or than any radiological image has.", True),
+    # Set aside by design.
+    "not_an_image": Reason("No image: a document, a table, or an unknown format.", False),
+    "other_format": Reason("An image format that this version does not read.", False),
+    "dicomdir": Reason("A DICOMDIR: a directory of other files.", False),
+    "localizer": Reason("A localizer or scout.", False),
+    "secondary_capture": Reason("A secondary capture: a screenshot or a page of text.", False),
+    "projection": Reason("A projection image (radiograph, mammogram, angiogram).", False),
+    "ultrasound": Reason("Ultrasound.", False),
+    "segmentation": Reason("A DICOM segmentation: labels, not an image.", False),
+    "structure_set": Reason("An RTSTRUCT: contours, not an image.", False),
+    "report": Reason("A report or document in DICOM form.", False),
+    "presentation": Reason("A presentation state: how to display other images.", False),
+    "parametric_map": Reason("A parametric map: computed values, not an image.", False),
+    "other_modality": Reason("An image of another modality than CT or MR.", False),
+    "other_object": Reason("A DICOM object that is neither image nor report.", False),
+    "multiframe": Reason("Enhanced or other multi-frame DICOM; this version reads one slice per file.", False),
+    "mosaic": Reason("A mosaic: a whole volume tiled into one image.", False),
+    "derived": Reason("A computed map, projection or curved reformat, not the acquired image.", False),
+    "colour": Reason("A colour image.", False),
+    "label_map": Reason("A label map: class numbers, not an image.", False),
+    "not_3d": Reason("Several volumes in one file (a time series or vectors).", False),
+    "constant": Reason("All voxels have one value: an empty image or an empty label map.", False),
+    "duplicate_instance": Reason("A slice that exists twice (by SOPInstanceUID); one copy is used.", False),
+    "too_few_slices": Reason("Fewer slices than asked for.", False),
+}
+
+VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row of the ledger, and (never written with it) where its files lie.
+
+    key              keyed hash: of the series, or of the path below the archive
+    patient, study   keyed hashes; "" when the files name none
+    reader           "dicom", "nifti", "image", or "" when no reader took it
+    modality         "CT", "MR", "OT" (unknown), or "" for what is no image
+    verdict          "used" or "refused"
+    reason, detail   a code of REASONS and the numbers behind it; detail alone carries remarks on a used scan
+    repairs          what had to be set right or guessed
+    num_slices, rows, columns   the stack as it was acquired (DICOM) or is stored (NIfTI); 0 when unknown
+    spacing_mm       (between slices, between rows, between columns); None when unknown
+    orientation      patient directions of slices, rows going down and columns going right, e.g. "SPL"
+    shear_deg        departure from right angles, above 0 for gantry tilt
+    manufacturer     vendor family of the VENDORS list, else "OTHER" or ""
+    split_by         attribute that separated this volume from others in its series
+    paths            the files, in stacking order
+    """
+
+    key: str
+    patient: str = ""
+    study: str = ""
+    reader: str = ""
+    modality: str = ""
+    verdict: str = "used"
+    reason: str = ""
+    detail: str = ""
+    repairs: tuple[str, ...] = ()
+    num_files: int = 1
+    num_slices: int = 0
+    rows: int = 0
+    columns: int = 0
+    spacing_mm: tuple[float, float, float] | None = None
+    orientation: str = ""
+    shear_deg: float = 0.0
+    manufacturer: str = ""
+    transfer_syntax: str = ""
+    split_by: str = ""
+    paths: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.verdict in ("used", "refused")
+        assert self.reason in REASONS if self.verdict == "refused" else not self.reason, self.reason
+
+    @property
+    def used(self) -> bool:
+        return self.verdict == "used"
+
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("patient", pa.string()),
+        ("study", pa.string()),
+        ("reader", pa.string()),
+        ("modality", pa.string()),
+        ("verdict", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("repairs", pa.list_(pa.string())),
+        ("num_files", pa.int64()),
+        ("num_slices", pa.int32()),
+        ("rows", pa.int32()),
+        ("columns", pa.int32()),
+        ("spacing_mm", pa.list_(pa.float64(), 3)),
+        ("orientation", pa.string()),
+        ("shear_deg", pa.float64()),
+        ("manufacturer", pa.string()),
+        ("transfer_syntax", pa.string()),
+        ("split_by", pa.string()),
+    ]
+)
+PATHS_SCHEMA = pa.schema([("key", pa.string()), ("path", pa.string())])
+
+
+def vendor_family(manufacturer: str) -> str:
+    """The vendor family named in a Manufacturer attribute. Free text never passes: unknown vendors become "OTHER"."""
+    words = manufacturer.upper().replace("_", " ").replace("-", " ").split()
+    if not words:
+        return ""
+    return next((v for v in VENDORS if any(w == v or (len(v) > 3 and w.startswith(v)) for w in words)), "OTHER")
+
+
+def write_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a ledger, sorted by key, without any path: safe to hand on."""
+    rows = [{name: getattr(e, name) for name in LEDGER_SCHEMA.names} for e in sorted(entries, key=lambda e: e.key)]
+    table = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
+    write_table(path, table, {"format": "hilum-ledger", "version": LEDGER_VERSION})
+
+
+def write_ledger(path: Path, entries: Sequence[Entry], *, archive_root: Path) -> None:
+    """Write a ledger and, beside it, `<stem>.paths.parquet` with the files behind each row.
+
+    path          of the ledger, which holds no path and no identifier
+    archive_root  paths are written relative to it
+
+    The companion file says which file became which row. Paths often carry names: keep it inside the hospital.
+    """
+    write_entries(path, entries)
+    where = [
+        {"key": e.key, "path": p.relative_to(archive_root).as_posix().encode("utf-8", "backslashreplace").decode()}
+        for e in sorted(entries, key=lambda e: e.key)
+        for p in e.paths
+    ]
+    write_table(path.with_name(f"{path.stem}.paths.parquet"), pa.Table.from_pylist(where, schema=PATHS_SCHEMA))
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The rows of a ledger; without paths. InputError when it is no ledger of this version."""
+    table = read_table(path)
+    if not set(LEDGER_SCHEMA.names) <= set(table.column_names):
+        raise InputError(f"{path} is no ledger of this version; make one with: hilum scan ARCHIVE -o {path}")
+    rows: list[dict[str, Any]] = table.select(LEDGER_SCHEMA.names).to_pylist()
+    for row in rows:
+        row["repairs"] = tuple(row["repairs"])
+        row["spacing_mm"] = row["spacing_mm"] and tuple(row["spacing_mm"])
+    return [Entry(**row) for row in rows]
+
+
+def count(entries: Iterable[Entry]) -> dict[str, Any]:
+    """What the ledger says in total.
+
+    returns  num_files, num_used (scans), num_slices and num_patients among the used, modalities (scans each),
+             refused: reason → {"rows", "files", "fault"}, most files first
+    """
+    entries = list(entries)
+    used = [e for e in entries if e.used]
+    rows = Counter(e.reason for e in entries if not e.used)
+    files: Counter[str] = Counter()
+    for e in entries:
+        if not e.used:
+            files[e.reason] += e.num_files
+    return {
+        "num_files": sum(e.num_files for e in entries),
+        "num_files_used": sum(e.num_files for e in used),
+        "num_used": len(used),
+        "num_slices": sum(e.num_slices for e in used),
+        "num_patients": len({e.patient for e in used if e.patient}),
+        "modalities": dict(sorted(Counter(e.modality for e in used).items())),
+        "refused": {
+            reason: {"rows": rows[reason], "files": num, "fault": REASONS[reason].fault}
+            for reason, num in sorted(files.items(), key=lambda item: (-item[1], item[0]))
+        },
+    }

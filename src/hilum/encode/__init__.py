@@ -1,0 +1,1 @@
+"""The encoder room: one transformer, the contract a model makes about its input, and features of any scan."""

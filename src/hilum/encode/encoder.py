@@ -1,0 +1,162 @@
+"""Encoders: slices in, tokens out, with a contract. One interface, final classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from hilum.encode.contract import Contract
+from hilum.encode.vit import Tokens, ViT, ViTConfig
+from hilum.errors import ContractError, UsageError
+from hilum.records import read_json, versions, write_atomic, write_json, write_text
+from hilum.settings import from_dict, to_dict
+
+
+class Encoder(Protocol):
+    """What every encoder offers.
+
+    name       stands in feature tables
+    contract   what it expects; `encode` trusts that slices were prepared by it
+    grid       patch tokens along (rows, columns)
+    """
+
+    name: str
+    contract: Contract
+    grid: tuple[int, int]
+
+    def encode(self, images: Tensor) -> Tokens:
+        """images (B, 1, size, size), prepared by the contract → tokens, float32, on the CPU."""
+        ...
+
+
+class ViTEncoder:
+    """A transformer with its contract, frozen."""
+
+    def __init__(self, model: ViT, contract: Contract, name: str, device: str = "cpu") -> None:
+        self.name, self.contract = name, contract
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        side_y, side_x = (contract.size_px // p for p in model.config.patch)
+        self.grid = (side_y, side_x)
+
+    def encode(self, images: Tensor) -> Tokens:
+        with torch.inference_mode():
+            return Tokens(*(part.float().cpu() for part in self.model(images.to(self.device))))
+
+
+class PixelEncoder:
+    """The baseline without a network: what a linear head sees in the raw pixels.
+
+    The class token is the whole slice at 32×32; the token of a patch is the square window of four patches a side
+    around it, at 16×16. Reduce it by PCA inside the head (`--pca`), fitted on training patients only.
+    """
+
+    def __init__(self, size_px: int = 128, patch_px: int = 16) -> None:
+        self.name = "pixels"
+        self.contract = Contract(size_px=size_px, pooling="class")
+        self.patch_px = patch_px
+        self.grid = (size_px // patch_px, size_px // patch_px)
+
+    def encode(self, images: Tensor) -> Tokens:
+        whole = functional.adaptive_avg_pool2d(images, 32).flatten(1)
+        window, margin = 4 * self.patch_px, 3 * self.patch_px // 2
+        small = functional.avg_pool2d(functional.pad(images, [margin] * 4, mode="replicate"), self.patch_px // 4)
+        side = window // (self.patch_px // 4)
+        windows = functional.unfold(small, side, stride=4)
+        return Tokens(whole, whole.new_zeros(len(whole), 0, 1024), windows.transpose(1, 2).contiguous())
+
+
+def write_encoder(folder: Path, model: ViT, contract: Contract, facts: dict[str, Any]) -> None:
+    """Export: model.safetensors, config.json, contract.json and a model card. `facts` go into config and card."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with write_atomic(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    write_json(folder / "contract.json", to_dict(contract))
+    write_text(folder / "README.md", _card(model, contract, facts))
+    record = {"format": "hilum-encoder", "version": 1, "vit": to_dict(model.config), "versions": versions(), **facts}
+    write_json(folder / "config.json", record)  # last: its presence says the export is whole
+
+
+def read_encoder(folder: Path, device: str = "cpu") -> ViTEncoder:
+    """Load an exported encoder. Every tensor must be there and fit, or ContractError says which does not."""
+    config, contract = read_model_config(folder)
+    model = ViT(config)
+    path = folder / "model.safetensors"
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ContractError(f"{path} cannot be read as safetensors: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
+    if wrong:
+        shown = "; ".join(f"{n}: expected {wanted.get(n)}, found {shapes.get(n)}" for n in wrong[:5])
+        raise ContractError(f"{path}: {len(wrong)} of {len(wanted)} tensors do not fit the config ({shown})")
+    model.load_state_dict(found)
+    return ViTEncoder(model, contract, _model_name(folder), device)
+
+
+def read_model_config(folder: Path) -> tuple[ViTConfig, Contract]:
+    """The shape and the contract of an exported encoder, without its weights."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"'{folder}' is no encoder; expected a folder with config.json, contract.json and model.safetensors, "
+            "as hilum pretrain writes to RUN/export"
+        )
+    record = read_json(folder / "config.json")
+    if record.get("format") != "hilum-encoder" or record.get("version") != 1:
+        found = f"{record.get('format')} version {record.get('version')}"
+        raise ContractError(f"{folder}/config.json is {found}; this hilum reads hilum-encoder version 1")
+    config = from_dict(ViTConfig, record["vit"], f"{folder}/config.json")
+    contract = from_dict(Contract, read_json(folder / "contract.json"), f"{folder}/contract.json")
+    return config, contract
+
+
+def _model_name(folder: Path) -> str:
+    record = read_json(folder / "config.json")
+    return f"{record.get('recipe', folder.name)}@{record.get('step', 0)}"
+
+
+def _card(model: ViT, contract: Contract, facts: dict[str, Any]) -> str:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"- {name}: {value}" for name, value in {**to_dict(contract), **facts}.items()]
+    return "\n".join(
+        [
+            f"# hilum encoder {facts.get('recipe', '')}",
+            "",
+            f"A vision transformer of {num_parameters / 1e6:.1f} M parameters for slices of CT and MR. Research use only.",
+            "",
+            f"Contract {contract.hash}:",
+            "",
+            *lines,
+            "",
+            "Load it with `hilum embed SCANS --model THIS_FOLDER -o features.parquet`.",
+            "",
+        ]
+    )
+
+
+def pool(tokens: Tokens, pooling: str, weights: Tensor | None = None) -> Tensor:
+    """One vector a slice.
+
+    weights  (B, N) share of each patch that belongs to a region, or None; a region's vector is the weighted mean of
+             its patch tokens (the class token says nothing of a region and is left out)
+    returns  (B, D) or (B, 2D)
+    """
+    if weights is not None:
+        total = weights.sum(1, keepdim=True)
+        if not bool((total > 0).all()):
+            raise ContractError("a region covers no patch; expected at least one voxel inside the slice")
+        return torch.einsum("bn,bnd->bd", weights / total, tokens.patches)
+    parts: Sequence[Tensor] = {
+        "class": [tokens.cls],
+        "mean": [tokens.patches.mean(1)],
+        "class+mean": [tokens.cls, tokens.patches.mean(1)],
+    }[pooling]
+    return torch.cat(list(parts), 1)
+

@@ -1,0 +1,142 @@
+"""Sample number → slice, views, pixels. Stateless: the order of data depends on the seed and on nothing else.
+
+Sample n of a run is slice π(n mod N) of epoch ⌊n/N⌋, where π is a keyed permutation of the N training slices. Workers,
+restarts and batch composition cannot change it, and resuming needs one integer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hilum.archive.content import SliceContent
+from hilum.archive.store import Store
+from hilum.encode.contract import Contract, normalise_slice
+from hilum.errors import StoreError
+from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.render import render
+from hilum.pretrain.views import View, mask_counts, sample_rng, sample_views
+
+_ROUNDS = 6
+
+
+def permute(position: int, length: int, key: int) -> int:
+    """The place of `position` in a keyed permutation of range(length): a Feistel network with cycle walking."""
+    half = max((length - 1).bit_length() + 1, 2) // 2
+    low = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & low
+        for number in range(_ROUNDS):
+            # the multiply-xorshift finaliser of MurmurHash3, keyed by round
+            mixed = (right + key * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 33)) * 0xFF51AFD7ED558CCD) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 33)) * 0xC4CEB9FE1A85EC53) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed ^ (mixed >> 33)) & low)
+        position = (left << half) | right
+        if position < length:
+            return position
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input; crops are laid out all first globals, then all second ones, and so on.
+
+    globals   (G·B, 1, S, S)
+    locals    (L·B, 1, s, s), or None without local crops
+    masks     (G·B, N) bool; the number of hidden patches is the same in every batch
+    foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
+    """
+
+    globals: Tensor
+    locals: Tensor | None
+    masks: Tensor
+    foreground: float
+    num_rejected: float
+
+    def to(self, device: torch.device) -> "Batch":
+        local = None if self.locals is None else self.locals.to(device, non_blocking=True)
+        masks = self.masks.to(device, non_blocking=True)
+        return Batch(self.globals.to(device, non_blocking=True), local, masks, self.foreground, self.num_rejected)
+
+
+class Slices(Dataset[Batch]):
+    """The training slices of a store; item `step` is the whole batch of that step."""
+
+    def __init__(self, store: Store, recipe: Recipe, contract: Contract) -> None:
+        self.store, self.recipe, self.contract = store, recipe, contract
+        self.volume, self.slice = training_slices(store, recipe.views.min_image_foreground)
+        py, px = recipe.model.patch
+        self.grid = (recipe.views.global_px // py, recipe.views.global_px // px)
+
+    def __len__(self) -> int:
+        return self.recipe.run.steps
+
+    def read(self, sample: int) -> tuple[Tensor, SliceContent, str]:
+        """Slice of a sample number: normalised pixels (1, Y, X), content, key of its volume."""
+        epoch, position = divmod(sample, len(self.volume))
+        index = permute(position, len(self.volume), self.recipe.run.seed * 1_000_003 + epoch)
+        row = self.store.rows[self.volume[index]]
+        pixels, content = self.store.read_slice(row.key, int(self.slice[index]))
+        return normalise_slice(pixels, row.unit, self.contract), content, row.key
+
+    def draw(self, step: int) -> Iterator[tuple[Tensor, list[View]]]:
+        """The slices of a step and the views drawn of each."""
+        spec, run = self.recipe.views, self.recipe.run
+        counts = mask_counts(
+            spec.num_global * run.batch_size, self.grid[0] * self.grid[1], spec, sample_rng(run.seed + 1, step)
+        )
+        for place in range(run.batch_size):
+            sample = step * run.batch_size + place
+            image, content, _ = self.read(sample)
+            own = counts[place :: run.batch_size]
+            yield image, sample_views(sample_rng(run.seed, sample), content, spec, self.grid, own)
+
+    def __getitem__(self, step: int) -> Batch:
+        drawn = list(self.draw(step))
+        crops = [render(image, views, self.contract.resampling) for image, views in drawn]
+        num_global, num_views = self.recipe.views.num_global, len(crops[0])
+        empty = np.zeros(self.grid, bool)
+        masks = [empty if v[n].mask is None else v[n].mask for n in range(num_global) for _, v in drawn]
+        views = [view for _, v in drawn for view in v]
+        return Batch(
+            globals=torch.stack([c[n] for n in range(num_global) for c in crops]),
+            locals=torch.stack([c[n] for n in range(num_global, num_views) for c in crops])
+            if num_views > num_global
+            else None,
+            masks=torch.from_numpy(np.stack(masks)).flatten(1),
+            foreground=float(np.mean([view.foreground for view in views])),
+            num_rejected=float(np.mean([len(view.rejected) for view in views])),
+        )
+
+
+def training_slices(store: Store, min_foreground: float) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Volume number and slice number of every slice with enough anatomy. StoreError when none has."""
+    volumes, slices = [], []
+    for number, row in enumerate(store.rows):
+        keep = np.flatnonzero(np.array(row.foreground) >= min_foreground).astype(np.int32)
+        slices.append(keep)
+        volumes.append(np.full(len(keep), number, np.int32))
+    total = sum(map(len, slices))
+    if total == 0:
+        best = max((max(row.foreground) for row in store.rows), default=0.0)
+        raise StoreError(
+            f"no slice of {store.root} has {min_foreground:.0%} anatomy; the best of {len(store)} volumes has {best:.0%}. "
+            "Lower it with --set views.min_image_foreground=..."
+        )
+    return np.concatenate(volumes), np.concatenate(slices)
+
+
+def batches(slices: Slices, start: int) -> Iterator[Batch]:
+    """The batches of steps start, start + 1, …, made ahead by worker processes."""
+    loader = DataLoader(
+        slices,
+        batch_size=None,
+        sampler=range(start, len(slices)),
+        num_workers=slices.recipe.run.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

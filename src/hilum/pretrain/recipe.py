@@ -1,0 +1,217 @@
+"""Recipes: everything that decides a pre-training run, as frozen values. Presets are Python values in `RECIPES`.
+
+Where Curia-2 (arXiv 2604.01987) gives no number, the value is DINOv2's (arXiv 2304.07193, its public code) or ours, and
+the comment says so.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from hilum.encode.vit import ViTConfig
+from hilum.errors import UsageError
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """What may be drawn from one slice.
+
+    global_px, local_px       side of the crops
+    global_scale, local_scale area of a crop as a share of the slice (DINOv2: .32-1 and .05-.32)
+    aspect                    log-uniform range of a crop's width/height
+    flip                      probability of a left-right flip; 0 because left and right are different organs
+    min_image_foreground      slices with less anatomy are not trained on (Curia-2: at most 50 % background)
+    min_crop_foreground       crops with less anatomy are drawn again (Curia-2: at most 70 % background)
+    max_tries                 draws before the best crop so far is taken
+    gain, offset, noise       largest intensity change: factor 1 ± gain, shift ± offset, noise up to this (in standard
+                              deviations of the slice); colour jitter's meaning for one physical channel
+    blur                      probability of a Gaussian blur with sigma .3-1.2 pixels
+    mask_probability          share of global crops that are masked
+    mask_ratio                range of the share of masked patches
+    mask_prior                where blocks fall: "guided" around the anatomy (Curia-2) or "uniform" (DINOv2)
+    mask_sigma                width of the guided prior as a share of the crop; unpublished, ours
+    """
+
+    num_global: int = 2
+    num_local: int = 8
+    global_px: int = 256
+    local_px: int = 96
+    global_scale: Range = (0.32, 1.0)
+    local_scale: Range = (0.05, 0.32)
+    aspect: Range = (0.75, 4 / 3)
+    flip: float = 0.0
+    min_image_foreground: float = 0.5
+    min_crop_foreground: float = 0.3
+    max_tries: int = 20
+    gain: float = 0.2
+    offset: float = 0.2
+    noise: float = 0.05
+    blur: float = 0.3
+    mask_probability: float = 0.5
+    mask_ratio: Range = (0.1, 0.5)
+    mask_prior: Literal["guided", "uniform"] = "guided"
+    mask_sigma: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.num_global < 2:
+            raise UsageError(f"views.num_global must be at least 2; found {self.num_global}")
+        for name in ("global_scale", "local_scale", "aspect", "mask_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise UsageError(f"views.{name} must be two rising numbers > 0; found {low}, {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimised.
+
+    kind                 "dino": class-token DINO and masked-patch iBOT against a momentum teacher (DINOv2, Curia-2);
+                         "lejepa": every view predicts the mean of the global views, no teacher (arXiv 2511.08544)
+    prototypes, hidden, bottleneck   size of the DINO and iBOT heads (separate, as in DINOv2's long recipes)
+    batch_norm           BatchNorm in the heads; without it they need thousands of steps to leave their cold start
+    student_temperature  softmax temperature of the student
+    teacher_temperature  start and end of the teacher's, linear over teacher_warmup (share of the run)
+    centring             "sinkhorn" (three Sinkhorn-Knopp rounds) or "ema" (running mean of the teacher's logits)
+    dino_weight, ibot_weight   weights of the two terms
+    regulariser          "sigreg" (Curia-2), "koleo" (DINOv2) or "none"
+    regulariser_weight   for SigReg it multiplies N·∫ (1.06 for a perfect Gaussian whatever the batch)
+    regulariser_on       class token after the final norm, where unit scale is in reach, or the head's bottleneck
+    sigreg_slices        random directions, redrawn every step
+    projector_dim        width of LeJEPA's projection
+    patch_weight         LeJEPA only: weight of predicting masked patches from their unmasked view
+    """
+
+    kind: Literal["dino", "lejepa"] = "dino"
+    prototypes: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    batch_norm: bool = False
+    student_temperature: float = 0.1
+    teacher_temperature: Range = (0.04, 0.07)
+    teacher_warmup: float = 0.3
+    centring: Literal["sinkhorn", "ema"] = "sinkhorn"
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    regulariser: Literal["sigreg", "koleo", "none"] = "sigreg"
+    regulariser_weight: float = 0.05
+    regulariser_on: Literal["class_token", "bottleneck"] = "class_token"
+    sigreg_slices: int = 1024
+    projector_dim: int = 32
+    patch_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """AdamW and its schedules.
+
+    lr                 peak learning rate, as applied (no hidden scaling with the batch)
+    warmup             share of the run with rising learning rate
+    final_lr           at the end of the cosine
+    weight_decay       start and end, cosine; not on biases, norms and LayerScale
+    momentum           of the teacher, start and end, cosine
+    layer_decay        factor on the learning rate per block below the top
+    patch_embed_lr     further factor on the patch embedding
+    clip               largest gradient norm of each module (backbone, each head) on its own, as DINOv2's code does
+    freeze_last_layer  share of the run in which the prototypes' learning rate is 0
+    """
+
+    lr: float = 1e-3
+    warmup: float = 0.1
+    final_lr: float = 1e-6
+    weight_decay: Range = (0.04, 0.4)
+    betas: Range = (0.9, 0.999)
+    momentum: Range = (0.992, 1.0)
+    layer_decay: float = 0.9
+    patch_embed_lr: float = 0.2
+    clip: float = 3.0
+    freeze_last_layer: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How long and how.
+
+    batch_size         slices a step
+    precision          "bf16": autocast with fp32 weights, losses in fp32; "fp32"
+    checkpoint_every   steps between checkpoints; at most so many are lost to a kill
+    num_workers        processes that draw and render views; 0 does it in the training process
+    """
+
+    steps: int = 125_000
+    batch_size: int = 64
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_every: int = 500
+    health_every: int = 25
+    num_workers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One pre-training run."""
+
+    name: str
+    model: ViTConfig = field(default_factory=ViTConfig)
+    views: ViewSpec = field(default_factory=ViewSpec)
+    objective: Objective = field(default_factory=Objective)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        if len(self.model.patch) != 2:
+            raise UsageError(f"recipe {self.name}: views are 2D, so the patch has two sides; found {self.model.patch}")
+        for name, px in (("global_px", self.views.global_px), ("local_px", self.views.local_px)):
+            if any(px % p for p in self.model.patch):
+                raise UsageError(f"views.{name} {px} is no multiple of the patch {self.model.patch}")
+
+
+def _curia2(size: str, batch_size: int, steps: int, drop_path: float, prototypes: int) -> Recipe:
+    return Recipe(
+        name=f"curia2-{size[0]}",
+        model=ViTConfig(size=size, image=(256, 256), drop_path=drop_path),
+        objective=Objective(prototypes=prototypes),
+        run=Run(steps=steps, batch_size=batch_size),
+    )
+
+
+# Short CPU runs: at this length DINO's prototypes stay cold, while LeJEPA's invariance + SigReg learns from the first
+# steps (docs/log.md). Filters, views, masks and SigReg are Curia-2's.
+_TINY = Recipe(
+    name="tiny",
+    model=ViTConfig(size="tiny", image=(128, 128), layer_scale=0.0),
+    views=ViewSpec(
+        num_local=4,
+        global_px=128,
+        local_px=48,
+        global_scale=(0.3, 1.0),
+        local_scale=(0.05, 0.3),
+        min_image_foreground=0.2,  # head MR and phantoms fill less of the field than the body CT of the paper
+    ),
+    objective=Objective(kind="lejepa", hidden=512, sigreg_slices=256),
+    optimiser=Optimiser(
+        weight_decay=(0.05, 0.05), momentum=(0.98, 0.999), layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer=0.0
+    ),
+    run=Run(steps=600, batch_size=64, checkpoint_every=100, num_workers=1),
+)
+
+# Global batch, iterations: Curia-2. Drop path and prototypes: DINOv2's short recipe (B, L) and long recipe (g).
+RECIPES: dict[str, Recipe] = {
+    "tiny": _TINY,
+    "tiny-dino": replace(
+        _TINY,
+        name="tiny-dino",
+        objective=Objective(
+            kind="dino", prototypes=1024, hidden=512, bottleneck=64, batch_norm=True, regulariser_on="bottleneck"
+        ),
+    ),
+    "curia2-b": _curia2("base", 3840, 125_000, 0.3, 65_536),
+    "curia2-l": _curia2("large", 3072, 156_300, 0.3, 65_536),
+    "curia2-g": _curia2("giant", 2560, 156_300, 0.4, 131_072),
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise UsageError(f"no recipe '{name}'; known: {', '.join(RECIPES)}, or a TOML file")
+    return RECIPES[name]

@@ -1,0 +1,77 @@
+import hashlib
+import hmac
+import stat
+
+import pytest
+
+from hilum.archive.privacy import Key, key_path, read_key
+from hilum.errors import InputError
+
+SECRET = bytes(range(32))
+
+
+def test_a_hash_is_the_keyed_one_of_the_standard():
+    expected = hmac.new(SECRET, b"patient:P1", hashlib.sha256).hexdigest()[:16]  # RFC 2104
+    assert Key(SECRET).hash("patient", "P1") == expected
+
+
+def test_kind_key_and_identifier_all_matter():
+    key = Key(SECRET)
+    names = [key.hash(kind, i) for kind in ("patient", "study", "series", "item") for i in ("1", "2")]
+    names += [Key(SECRET[::-1]).hash("patient", "1")]
+    assert len(set(names)) == len(names)
+
+
+def test_an_unknown_patient_stays_unknown_and_odd_names_have_a_hash():
+    assert Key(SECRET).hash("patient", "") == ""
+    assert len(Key(SECRET).hash("item", "Müller/\udcff.dcm")) == 16
+
+
+def test_the_secret_is_never_shown():
+    key = Key(SECRET)
+    for shown in (repr(key), str(key), key.fingerprint):
+        assert SECRET.hex() not in shown
+        assert SECRET.hex()[:8] not in shown
+    assert len(key.fingerprint) == 8
+    assert key.fingerprint != Key(SECRET[::-1]).fingerprint
+
+
+def test_a_key_is_made_once_and_only_its_owner_reads_it(tmp_path, monkeypatch):
+    path = tmp_path / "config" / "key"
+    monkeypatch.setenv("HILUM_KEY", str(path))
+    assert key_path() == path
+    first = read_key()
+    assert read_key() == first
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(first.secret) == 32
+    assert read_key(tmp_path / "other") != first
+
+
+def test_without_a_setting_the_key_lives_in_the_users_config(tmp_path, monkeypatch):
+    monkeypatch.delenv("HILUM_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert key_path() == tmp_path / ".config" / "hilum" / "key"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not hex", "expected 64 hex digits. Point HILUM_KEY"),
+        ("abcd", "has 2 bytes; expected at least 16"),
+        ("", "0 bytes"),
+    ],
+)
+def test_a_broken_key_is_refused_and_never_replaced(tmp_path, text, message):
+    path = tmp_path / "key"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_key(path)
+    assert path.read_text() == text
+
+
+def test_a_key_that_cannot_be_made_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be read or made"):
+        read_key(tmp_path / "file" / "key")
+    with pytest.raises(InputError, match="cannot be read or made"):
+        read_key(tmp_path)
