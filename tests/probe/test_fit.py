@@ -80,7 +80,7 @@ def labels(tmp_path):
 
 
 def _run(features, labels, target="label", **options):
-    return probe(features, labels, target=target, key=KEY, **({"num_resamples": 50} | options))
+    return probe(features, labels, target=target, key=KEY, **({"num_resamples": 50, "num_folds": 2} | options))
 
 
 def test_a_feature_that_tells_the_label_is_found_on_unseen_patients(features, labels):
@@ -97,7 +97,7 @@ def test_a_feature_that_tells_the_label_is_found_on_unseen_patients(features, la
 
 
 def test_predictions_are_one_row_per_case_with_patients_apart(features, labels, tmp_path):
-    result = _run(features, labels, output=tmp_path / "p.parquet", seed=3)
+    result = _run(features, labels, output=tmp_path / "p.parquet", seed=3, num_folds=5)
     rows = read_table(tmp_path / "p.parquet")
     assert rows.equals(result.predictions)
     assert rows.column_names == [
@@ -207,6 +207,15 @@ def test_what_is_left_out_is_counted(features, tmp_path):
     assert result.predictions.num_rows == NUM - 4 * PER_PATIENT
 
 
+def test_an_unknown_patient_is_not_joined_to_an_empty_identifier(tmp_path):
+    number = np.arange(NUM) // PER_PATIENT
+    features = _features(tmp_path / "f.parquet", patient=[KEY.hash("patient", f"P{n}" if n else "") for n in number])
+    rows = [{"patient_id": f"P{n}" if n else "", "label": _label(n)} for n in range(NUM_PATIENTS)]
+    result = _run(features, _labels(tmp_path / "l.csv", rows), num_resamples=2)
+    assert result.left_out["cases without a label"] == PER_PATIENT
+    assert "" not in result.predictions["patient"].to_pylist()
+
+
 def test_few_groups_are_left_out_one_by_one_and_many_are_dealt(features, labels, tmp_path):
     result = _run(features, labels, groups="fold")
     assert [row["held_out"] for row in result.per_fold] == ["0", "1", "2"]
@@ -296,9 +305,9 @@ def test_compare_pairs_two_models_on_common_cases(features, labels, tmp_path):
     assert found["auroc"].difference.interval.low > 0
     assert found["auroc"].difference.p_value < 0.05
     json.dumps([c.to_dict() for c in found.values()], allow_nan=False)
-    half = _labels(tmp_path / "h.csv", [{"patient_id": f"P{n}", "label": _label(n)} for n in range(5, 15)])
-    (few, *_) = compare([a, _run(features, half)], num_resamples=20)
-    assert few.num_cases == 10 * PER_PATIENT
+    rows = [{"patient_id": f"P{n}", "slice": 2, "label": _label(n)} for n in range(5, 15)]
+    (few, *_) = compare([a, _run(features, _labels(tmp_path / "h.csv", rows))], num_resamples=20)
+    assert few.num_cases == few.difference.interval.num_clusters == 10
     y_true, proba = score_columns(a.predictions, METRICS["auroc"])
     assert y_true.shape == proba.shape == (NUM,)
     with pytest.raises(UsageError, match="two or more results"):

@@ -21,7 +21,7 @@ from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume, to_slices
 
 SAME_DIRECTION = 1e-3  # largest difference of two direction cosines that count as equal
-SAME_POSITION_MM = 0.01
+SMALLEST_MM = 0.01  # positions nearer than this are one position; spacings below it are no spacings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def stack(headers: Sequence[Header]) -> Stack:
     """
     row, column = _directions(headers)
     spacing = headers[0].pixel_spacing
-    if len(spacing) != 2 or min(spacing) <= 0:
+    if len(spacing) != 2 or min(spacing) < SMALLEST_MM:
         raise ScanRefused("no_geometry", "PixelSpacing missing or not above 0")
     normal = np.cross(row, column)
     normal *= np.sign(normal[np.argmax(np.abs(normal))])
@@ -54,7 +54,7 @@ def stack(headers: Sequence[Header]) -> Stack:
     along = positions @ normal
     order = np.argsort(along, kind="stable")
     if len(headers) == 1:
-        if headers[0].thickness <= 0:
+        if headers[0].thickness < SMALLEST_MM:
             raise ScanRefused("no_geometry", "one slice without SliceThickness: its extent is unknown")
         axis = normal * headers[0].thickness
     else:
@@ -89,8 +89,8 @@ def _slice_axis(positions: FloatArray, along: FloatArray, normal: FloatArray) ->
     steps = np.diff(along)
     step = float(np.median(steps))
     tolerance = max(0.01 * step, 0.05)
-    if steps.min() <= SAME_POSITION_MM:
-        n = int((steps <= SAME_POSITION_MM).sum())
+    if steps.min() < SMALLEST_MM:
+        n = int((steps < SMALLEST_MM).sum())
         raise ScanRefused("duplicate_positions", f"{n} of {len(positions)} slices share a position with another")
     odd = np.flatnonzero(np.abs(steps - step) > tolerance)
     if odd.size:
@@ -265,7 +265,7 @@ def _split_positions(headers: list[Header]) -> list[tuple[str, str, list[Header]
 
 
 def _place(header: Header) -> tuple[int, ...]:
-    return tuple(round(v / SAME_POSITION_MM) for v in header.position)
+    return tuple(round(v / SMALLEST_MM) for v in header.position)
 
 
 def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix: str, files: list[Header]) -> Entry:

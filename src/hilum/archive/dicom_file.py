@@ -23,6 +23,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
 from pydicom.pixels import get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -56,7 +57,9 @@ _TAGS = {
 }  # fmt: skip
 _LAST_TAG = max(_TAGS.values())
 _PIXEL_DATA = 0x7FE00010
-_PIXEL_TAGS = [0x00280006, 0x7FE00001, 0x7FE00002, _PIXEL_DATA]  # planar configuration, offset tables, pixels
+_HEADER_TAGS = [Tag(tag) for tag in _TAGS.values()]
+# and: planar configuration, offset tables, pixels
+_SLICE_TAGS = [*_HEADER_TAGS, *map(Tag, (0x00280006, 0x7FE00001, 0x7FE00002, _PIXEL_DATA))]
 
 _CLASSES = "1.2.840.10008.5.1.4.1.1."
 CT_IMAGE, MR_IMAGE = _CLASSES + "2", _CLASSES + "4"
@@ -86,6 +89,7 @@ _MAPS = {
     "CPR", "CURVED", "IODINE",
 }  # fmt: skip
 _MAPS_WHEN_DERIVED = {"PERFUSION", "ASL", "DIFFUSION_MAP"}
+_SANE = 1e7  # no position, spacing, slope or intercept of a scan is larger; NaN fails the comparison, too
 _OTHER_UNITS = {"OD", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # RescaleType, PS3.3 C.11.1.1.2
 
 
@@ -169,7 +173,7 @@ def read_header(handle: BinaryIO, path: Path) -> Header:
     handle.seek(0)
     try:
         with _quiet():
-            data = read_partial(handle, _beyond, specific_tags=list(_TAGS.values()), force=forced)
+            data = read_partial(handle, _beyond, specific_tags=_HEADER_TAGS, force=forced)
             return _describe(data, path, size, forced)
     except BROKEN as error:
         return Header(path=path, size=size, refusal="corrupt", detail=f"DICOM header ({type(error).__name__})")
@@ -193,7 +197,7 @@ def _describe(data: Dataset, path: Path, size: int, forced: bool) -> Header:
     if forced and not modality and not sop_class:
         return Header(path=path, size=size, refusal="not_an_image")
     refusal, detail = _refusal(text, sop_class, modality, size)
-    syntax = UID(str(meta.get("TransferSyntaxUID", "")))
+    syntax = UID(text.syntax)
     return Header(
         path=path,
         size=size,
@@ -249,8 +253,7 @@ def _refusal(text: "_Texts", sop_class: str, modality: str, size: int) -> tuple[
     rows, columns, bits = (_integer(text[k]) for k in ("Rows", "Columns", "BitsAllocated"))
     if not rows or not columns or not bits:
         return "truncated", "the header ends before it describes the pixels"
-    compressed = UID(str(text.data.file_meta.get("TransferSyntaxUID", ""))) not in _PLAIN
-    if not compressed and size < rows * columns * bits // 8:
+    if text.syntax in _PLAIN and size < rows * columns * bits // 8:
         return "truncated", f"{size} bytes, expected at least {rows * columns * bits // 8}"
     return "", ""
 
@@ -263,13 +266,13 @@ class _Texts:
     """Attributes of a header as plain text, decoded without pydicom's (slow, warning) value conversion."""
 
     def __init__(self, data: Dataset) -> None:
-        self.data = data
+        self.syntax = str(data.file_meta.get("TransferSyntaxUID", ""))
+        self.elements: dict[int, Any] = {int(tag): element for tag, element in data.items()}
 
     def __getitem__(self, keyword: str) -> str:
-        tag = _TAGS[keyword]
-        if tag not in self.data:
+        element = self.elements.get(_TAGS[keyword])
+        if element is None:
             return ""
-        element: Any = self.data.get_item(tag)
         value = element.value
         if not isinstance(value, bytes):
             return "" if value is None else str(value)
@@ -282,12 +285,12 @@ class _Texts:
         return value.decode("latin-1").strip(" \0")
 
     def numbers(self, keyword: str, wanted: int) -> tuple[float, ...]:
-        """`wanted` finite numbers, or () when there are fewer, more, or other things."""
+        """`wanted` sane numbers, or () when there are fewer, more, or other things."""
         try:
             values = tuple(float(v) for v in self[keyword].split("\\"))
         except ValueError:
             return ()
-        return values if len(values) == wanted and all(np.isfinite(values)) else ()
+        return values if len(values) == wanted and all(abs(v) <= _SANE for v in values) else ()
 
 
 _BINARY = {"SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"}
@@ -321,7 +324,7 @@ def read_slice(path: Path) -> tuple[Header, NDArray[Any], str]:
     name = "unknown transfer syntax"
     try:
         with _quiet():
-            data = dcmread(path, specific_tags=[*_TAGS.values(), *_PIXEL_TAGS], force=True)
+            data = dcmread(path, specific_tags=_SLICE_TAGS, force=True)
             header = _describe(data, path, path.stat().st_size, forced=not data.preamble)
             if header.refusal:
                 raise ScanRefused(header.refusal, header.detail)
@@ -330,7 +333,7 @@ def read_slice(path: Path) -> tuple[Header, NDArray[Any], str]:
             syntax = data.file_meta.get("TransferSyntaxUID") or _guess_syntax(data)
             name = UID(syntax).name
             _check_length(data, syntax)
-            pixels, _ = get_decoder(syntax).as_array(data, raw=True)
+            pixels, _ = get_decoder(syntax).as_array(data, raw=True, view_only=True, correct_unused_bits=False)
     except (PermissionError, FileNotFoundError) as error:
         raise ScanRefused("unreadable", type(error).__name__) from None
     except BROKEN as error:

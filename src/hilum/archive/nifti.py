@@ -135,6 +135,8 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
             raise ScanRefused("corrupt", f"NIfTI voxels ({type(error).__name__})") from None
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise ScanRefused("non_finite", f"{int((~np.isfinite(voxels)).sum())} of {voxels.size} voxels")
+    if max(abs(float(voxels.min())), abs(float(voxels.max()))) > float(np.finfo(np.float32).max):
+        raise ScanRefused("non_finite", "values beyond single precision")
     if voxels.min() == voxels.max():
         raise ScanRefused("constant", f"all voxels {float(voxels.flat[0]):g}")
     if header.labels or is_label_map(voxels):

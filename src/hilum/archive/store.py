@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hilum.archive.content import Content, SliceContent, measure_content
+from hilum.archive.content import GRID, Content, SliceContent, measure_content
 from hilum.errors import InputError, StoreError
 from hilum.records import explain_full_disk, hash_json, read_json, read_table, write_atomic, write_json, write_table
 from hilum.volume import Volume
@@ -145,7 +145,9 @@ def write_header(root: Path, header: dict[str, Any]) -> None:
 def check_header(root: Path) -> dict[str, Any]:
     """The store's header. StoreError when it is no store, or one of another version."""
     if not root.is_dir():
-        raise StoreError(f"{root} is {'a file' if root.exists() else 'missing'}; expected a store made by hilum prepare")
+        raise StoreError(
+            f"{root} is {'a file' if root.exists() else 'missing'}; expected a store made by hilum prepare"
+        )
     try:
         header: dict[str, Any] = read_json(root / "store.json")
     except InputError as error:
@@ -200,9 +202,9 @@ class Store:
         row = self.row(key)
         array = self._open(key)
         pixels = _restore(array[z], row).astype(np.float32, copy=False)
-        grid = Content.grid_from_bytes(array.schunk.meta["content"], row.shape[0])
+        cells = array.schunk.meta["content"][z * GRID**2 : (z + 1) * GRID**2]
         content = SliceContent(
-            grid=grid[z],
+            grid=Content.grid_from_bytes(cells, 1)[0],
             foreground=row.foreground[z],
             center=(row.center[2 * z], row.center[2 * z + 1]),
             spread=(row.spread[2 * z], row.spread[2 * z + 1]),

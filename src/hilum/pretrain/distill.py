@@ -195,7 +195,8 @@ class Learner(nn.Module):
             return sinkhorn_knopp(logits, temperature)
         center: Any = getattr(self, center_name)
         targets = centred_softmax(logits, center, temperature)
-        center.lerp_(logits.float().mean(0), 0.1)
+        mean = logits.float().mean(0)
+        center.lerp_(torch.where(mean.isfinite(), mean, center), 0.1)  # a bad batch must not outlive its skipped step
         return targets
 
     def teacher_temperature(self, step: int) -> float:

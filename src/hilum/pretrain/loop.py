@@ -25,7 +25,7 @@ from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.recipe import Recipe
-from hilum.records import explain_full_disk, hash_json, machine, read_json, versions, write_json
+from hilum.records import explain_full_disk, hash_json, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
 
 Progress = Callable[[int, int | None, str], None]
@@ -72,15 +72,12 @@ def pretrain(
             began = time.perf_counter()
             result = _forward(learner, batch.to(torch_device), step)
             line: dict[str, Any] = {"step": step, "loss": float(result.loss.detach())}
-            if bool(torch.isfinite(result.loss)):
-                bad_steps = 0
-                line |= _update(learner, optimiser, recipe, result, step)
-            else:  # nothing is updated: weights stay as they were before the bad step
-                bad_steps += 1
-                line["skipped"] = 1
+            updated = _update(learner, optimiser, recipe, result, step)
+            bad_steps = 0 if updated else bad_steps + 1
+            line |= updated or {"skipped": 1}
             line |= {name: float(value.detach()) for name, value in result.parts.items()}
             line |= {"foreground": batch.foreground, "num_rejected": batch.num_rejected}
-            if step % recipe.run.health_every == 0:
+            if updated and step % recipe.run.health_every == 0:
                 line |= feature_health(result.features)
             log.write(line, seconds=time.perf_counter() - began)
             if progress:
@@ -114,12 +111,19 @@ def _forward(learner: Learner, batch: Batch, step: int) -> StepResult:
 
 def _update(
     learner: Learner, optimiser: torch.optim.AdamW, recipe: Recipe, result: StepResult, step: int
-) -> dict[str, float]:
-    """Backward, clip, step, teacher. Returns what is worth a line in the log."""
+) -> dict[str, float] | None:
+    """Backward, clip, step, teacher. Returns what is worth a line in the log.
+
+    When the loss or a gradient is not finite, nothing is updated and None comes back.
+    """
+    if not bool(torch.isfinite(result.loss)):
+        return None
     lr = set_schedules(optimiser, recipe, step)
     optimiser.zero_grad(set_to_none=True)
     result.loss.backward()
     norms = clip_gradients(learner.student, recipe.optimiser.clip)
+    if not all(bool(torch.isfinite(norm)) for norm in norms.values()):
+        return None
     optimiser.step()
     learner.update_teacher(momentum(recipe, step))
     return {"lr": lr, **{f"grad_{name}": float(norm) for name, norm in norms.items()}}
@@ -129,7 +133,7 @@ def _explain_divergence(step: int, learner: Learner) -> str:
     poisoned = [name for name, p in learner.student.named_parameters() if not bool(torch.isfinite(p).all())]
     cause = f"weights of {poisoned[0]} are non-finite" if poisoned else "the weights are finite, the batch or precision is not"
     return (
-        f"the loss was NaN or infinite for {MAX_BAD_STEPS} steps in a row up to step {step} ({cause}). No update was made "
+        f"the loss or its gradient was NaN or infinite for {MAX_BAD_STEPS} steps in a row up to step {step} ({cause}). No update was made "
         "from them. Try --set optimiser.lr= at half its value, or --set run.precision=fp32, in a new folder"
     )
 
@@ -207,7 +211,7 @@ class _Log:
 
         kept = [line for line in read_lines(self.path) if line["step"] < self.start]
         with explain_full_disk(self.path):
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
             self.writer = SummaryWriter(str(self.tensorboard), purge_step=self.start)
         return self

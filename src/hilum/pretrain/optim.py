@@ -48,22 +48,17 @@ def lr_multiplier(name: str, depth: int, optimiser: Optimiser) -> float:
     return factor * (optimiser.patch_embed_lr if parts[1] == "patch_embed" else 1.0)
 
 
-def is_decayed(name: str) -> bool:
-    """DINOv2's code, not its comments: biases, norms and LayerScale are exempt, tokens and positions are decayed."""
-    parts = name.split(".")
-    norm = any("norm" in part for part in parts) or ("mlp" in parts and parts[-2] in ("1", "4"))  # BatchNorm in heads
-    return not (parts[-1] in ("bias", "gamma") or norm)
-
-
 def make_optimiser(student: nn.ModuleDict, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with one group for each (factor, decayed, prototypes) that occurs."""
+    """AdamW with one group for each (factor, decayed, prototypes) that occurs.
+
+    Parameters of one axis have no weight decay: biases, norms and LayerScale. Tokens and positions are decayed, as by
+    DINOv2's code, not its comments.
+    """
     backbone: Any = student["backbone"]
     depth = len(backbone.blocks)
-    norms = {id(p) for m in student.modules() if isinstance(m, nn.BatchNorm1d) for p in m.parameters()}
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        decayed = is_decayed(name) and id(parameter) not in norms
-        key = (lr_multiplier(name, depth, recipe.optimiser), decayed, name.endswith("prototypes"))
+        key = (lr_multiplier(name, depth, recipe.optimiser), parameter.ndim > 1, name.endswith("prototypes"))
         groups.setdefault(key, []).append(parameter)
     described = [
         {"params": parameters, "factor": factor, "decayed": decayed, "is_last_layer": last}

@@ -5,10 +5,12 @@ the comment says so.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from hilum.encode.vit import ViTConfig
 from hilum.errors import UsageError
+from hilum.settings import from_dict, merge, read_toml, to_dict
 
 Range = tuple[float, float]
 
@@ -211,7 +213,16 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def get_recipe(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise UsageError(f"no recipe '{name}'; known: {', '.join(RECIPES)}, or a TOML file")
-    return RECIPES[name]
+def load_recipe(name: str) -> Recipe:
+    """A preset by name, or a TOML file: `base = "tiny"` and the settings that differ, e.g. `[run]` `steps = 100`.
+
+    Raises UsageError that lists what is known.
+    """
+    if not name.endswith(".toml"):
+        if name not in RECIPES:
+            raise UsageError(f"no recipe '{name}'; known: {', '.join(RECIPES)}, or a TOML file")
+        return RECIPES[name]
+    values = read_toml(Path(name))
+    base = to_dict(load_recipe(str(values.pop("base", "tiny"))))
+    base["name"] = Path(name).stem
+    return from_dict(Recipe, merge(base, values), name)

@@ -98,7 +98,8 @@ def probe(
     units = find_units(source, cases, groups, patients, key)
     design = _design(source, cases, units, chosen, target, num_folds, seed)
     new_head = partial(make_head, head, task=design.task, num_components=num_components, seed=seed)
-    rows = _prediction_table(design, *_predict_out_of_fold(design, new_head), target=target, head=head, seed=seed)
+    y_pred, proba = _predict_out_of_fold(design, new_head)
+    rows = _prediction_table(design, y_pred, proba, target=target, head=head, seed=seed)
     if output is not None:
         about: dict[str, Any] = {"format": "hilum-predictions", "key": source.key_fingerprint, "versions": versions()}
         about["inputs"] = {"features": hash_file(features), "labels": hash_file(labels) if labels else None}

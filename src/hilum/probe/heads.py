@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_array, check_is_fitted, check_X_y
+from threadpoolctl import threadpool_limits
 
 from hilum.errors import UsageError
 
@@ -50,9 +51,15 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
     def fit(self, X: Array, y: Array, groups: Array | None = None) -> "LinearProbe":
         """Fit on (N, D) features and (N,) targets; `groups` (N,) are patients that inner folds keep apart.
 
-        ValueError when features are not finite or classification meets one class only.
+        ValueError when features are not finite or classification meets one class only. One thread: the many small
+        fits would only wait for each other, and sums would depend on the number of cores.
         """
         X, y = _check_training(X, y, self.task)
+        with threadpool_limits(1):
+            self._fit(X, y, groups)
+        return self
+
+    def _fit(self, X: Array, y: Array, groups: Array | None) -> None:
         self.scaler_ = StandardScaler().fit(X)
         X = self.scaler_.transform(X)
         self.pca_ = None
@@ -64,7 +71,6 @@ class LinearProbe(BaseEstimator):  # type: ignore[misc]
         self.strength_ = _choose_strength(self.task, X, y, _inner_folds(self.task, y, groups, self.seed))
         self.model_ = _linear_model(self.task, self.strength_).fit(X, y)
         self.n_features_in_ = self.scaler_.n_features_in_
-        return self
 
     def predict(self, X: Array) -> Array:
         """(N,) classes or numbers."""

@@ -3,13 +3,14 @@
     scans/<patient>/ct/*.dcm     one CT series; and mr/, a topogram in scout/ (or ct.nii.gz, mr.nii.gz)
     scans/dose_report.dcm        a secondary capture; scans/broken.dcm, a file cut in the middle (DICOM only)
     masks/<patient>.nii.gz       organ labels on the grid of both scans; organs.json names them
+    lesions.csv                  malignancy of each patient's lesion region
     labels.csv                   one row per patient: age, organ volumes, malignancy, survival …
     series.csv                   one row per series: series_uid, patient_id, modality, mask
 """
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -30,7 +31,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from hilum.archive.phantom.body import ORGANS, Patient, sample_patient
+from hilum.archive.phantom.body import ORGAN, ORGANS, Patient, sample_patient
 from hilum.archive.phantom.scan import (
     CT_SCANNERS,
     MR_SCANNERS,
@@ -44,9 +45,9 @@ from hilum.archive.phantom.scan import (
 )
 from hilum.errors import InputError, UsageError
 from hilum.records import explain_full_disk, write_text
+from hilum.terminal import Progress
 from hilum.volume import Volume
 
-Progress = Callable[[int, int | None, str], None]
 _RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -89,6 +90,8 @@ def write_phantom(
         whole = sorted((out / "scans").rglob("ct/*.dcm"))[0].read_bytes()
         (out / "scans" / "broken.dcm").write_bytes(whole[: len(whole) // 3])
     _write_csv(out / "labels.csv", labels)
+    lesion = {"region": ORGAN["lesion"]}
+    _write_csv(out / "lesions.csv", [{n: r[n] for n in ("patient_id", "malignant")} | lesion for r in labels])
     _write_csv(out / "series.csv", series)
     write_text(out / "organs.json", json.dumps(dict(enumerate(ORGANS)), indent=2) + "\n")
     return {"num_patients": num_patients, "num_series": len(series), "num_files": sum(p.is_file() for p in out.rglob("*"))}

@@ -1,0 +1,3 @@
+from hilum.cli import main
+
+main()

@@ -1,0 +1,272 @@
+"""The commands. Each function parses, calls, prints and picks the exit code; heavy libraries load when called."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="One door into foundation models for radiology: scans → store → pre-training → features → probes → report.",
+    epilog="Exit codes: 0 done · 1 our bug · 2 usage · 3 input refused · 4 finished, some scans left out · "
+    "5 licence · 6 weights absent offline · 7 out of memory · 130/143 interrupted, go on with the same command",
+)
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def main() -> None:
+    """Run the command line; turns errors into messages and exit codes."""
+    try:
+        app()
+    except HilumError as error:
+        print(f"hilum: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("hilum: interrupted; what was finished is whole. Run the same command again", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except MemoryError:
+        print("hilum: out of memory; try a smaller batch (--batch-size or --set run.batch_size=)", file=sys.stderr)
+        sys.exit(7)
+    except BrokenPipeError:
+        sys.exit(0)  # `hilum … | head` is no fault
+    except Exception:
+        traceback.print_exc()
+        print("hilum: this is a bug of ours; please report the lines above", file=sys.stderr)
+        sys.exit(EXIT_BUG)
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result, sort_keys=True) if as_json else text)
+
+
+@app.command()
+def demo(out: Out = Path("demo"), seed: Seed = 0, as_json: Json = False, quiet: Quiet = False) -> None:
+    """The whole story on a phantom archive: ends in OUT/report.html."""
+    from hilum.demo import demo as run
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        result = run(out, seed=seed, progress=progress)
+    _print(result, as_json, f"report: {out / 'report.html'}  ({result['seconds']:.0f} s)")
+
+
+@app.command()
+def phantom(
+    out: Out,
+    num_patients: Annotated[int, typer.Option(help="Patients; each has one CT and one MR.")] = 40,
+    num_slices: Annotated[int, typer.Option(help="Slices a scan.")] = 96,
+    matrix: Annotated[int, typer.Option(help="Pixels per side of a slice.")] = 256,
+    form: Annotated[str, typer.Option("--format", help="dicom or nifti.")] = "dicom",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a synthetic CT and MR archive with masks and labels."""
+    from hilum.archive.phantom import write_phantom
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        result = write_phantom(
+            out, num_patients=num_patients, num_slices=num_slices, matrix=matrix, seed=seed, form=form, progress=progress
+        )
+    _print(result, as_json, f"{out}: {result['num_patients']} patients, {result['num_files']:,} files")
+
+
+@app.command()
+def scan(
+    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Ledger (Parquet) to write.")] = None,
+    pixels: Annotated[bool, typer.Option(help="Also read all pixels, as prepare will.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What is in an archive, and what is wrong with it: one row per scan and refused file."""
+    from hilum.archive.ledger import count, write_ledger
+    from hilum.archive.scan import scan as run
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        entries = run(archive, pixels=pixels, progress=progress)
+    if out is not None:
+        write_ledger(out, entries, archive_root=archive)
+    counts = count(entries)
+    _print(counts, as_json, _ledger_text(counts))
+
+
+@app.command()
+def prepare(
+    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
+    out: Out,
+    min_slices: Annotated[int, typer.Option(help="Leave out scans with fewer; single images are always kept.")] = 5,
+    num_workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Archive → store. Interrupted, it goes on when the same command is run again."""
+    from hilum.archive.prepare import prepare as run
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        counts = run(archive, out, min_slices=min_slices, num_workers=num_workers, progress=progress)
+    _print(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
+    if any(row["fault"] for row in counts["refused"].values()):
+        raise typer.Exit(EXIT_SOME_LEFT_OUT)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe by name (tiny, curia2-b, …) or a TOML file.")],
+    data: Annotated[Path, typer.Option(help="A store.")],
+    out: Out,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Self-supervised pre-training. Interrupted, it goes on when the same command is run again."""
+    from hilum.pretrain.loop import pretrain as run
+    from hilum.pretrain.recipe import load_recipe
+    from hilum.settings import override
+    from hilum.terminal import Reporter
+
+    changes = [*(sets or []), *([f"run.seed={seed}"] if seed is not None else [])]
+    chosen = override(load_recipe(recipe), changes)
+    with Reporter(quiet) as progress:
+        record = run(chosen, data, out, device=device, progress=progress)
+    _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
+
+
+@app.command()
+def embed(
+    source: Annotated[Path, typer.Argument(help="A store, a folder of scans, or one scan.")],
+    model: Annotated[str, typer.Option(help="An exported encoder's folder, pixels, or random:FOLDER.")],
+    out: Out,
+    level: Annotated[str, typer.Option(help="slice, region (needs --masks) or volume.")] = "slice",
+    masks: Annotated[Path | None, typer.Option(help="CSV: series_uid (or file), mask.")] = None,
+    max_slices: Annotated[int | None, typer.Option(help="Evenly spaced slices of each scan instead of all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Any scans → one feature table (Parquet)."""
+    from hilum.encode.embed import embed as run
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        result = run(
+            source,
+            model=model,
+            out=out,
+            level=level,
+            masks=masks,
+            max_slices=max_slices,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            progress=progress,
+        )
+    _print(result, as_json, _embed_text(result, out))
+    if result["left_out"]:
+        raise typer.Exit(EXIT_SOME_LEFT_OUT)
+
+
+@app.command()
+def probe(
+    features: Annotated[Path, typer.Argument(help="A feature table from hilum embed.")],
+    target: Annotated[str, typer.Option(help="Column to predict, of the labels or of the features (region).")],
+    labels: Annotated[Path | None, typer.Option(help="CSV or Parquet with file, series_uid or patient_id.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Column to split by; without it patients are split.")] = None,
+    patients: Annotated[str | None, typer.Option(help="Column that names the patient, if the scans do not.")] = None,
+    head: Annotated[str, typer.Option(help="linear or knn.")] = "linear",
+    task: Annotated[str, typer.Option(help="auto, classification or regression.")] = "auto",
+    level: Annotated[str | None, typer.Option(help="slice, region or volume, if the table holds several.")] = None,
+    pca: Annotated[int | None, typer.Option(help="Reduce features first, fitted on training patients.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Predictions (Parquet) to write.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit a head on features with patients kept apart, and say how good it is with 95 % intervals."""
+    from hilum.probe.fit import probe as run
+
+    result = run(
+        features,
+        labels,
+        target=target,
+        groups=groups,
+        patients=patients,
+        head=head,
+        task=task,
+        level=level,
+        num_components=pca,
+        output=out,
+        seed=seed,
+    )
+    _print(result.to_dict(), as_json, _probe_text(result))
+
+
+@app.command()
+def info(model: Annotated[Path, typer.Argument(help="An exported encoder's folder.")], as_json: Json = False) -> None:
+    """What a model is and what it expects of its input."""
+    from hilum.encode.encoder import read_model_config
+    from hilum.settings import to_dict
+    from hilum.terminal import format_table
+
+    config, contract = read_model_config(model)
+    record = {"model": to_dict(config), "contract": to_dict(contract), "contract_hash": contract.hash}
+    rows = [[f"{part}.{name}", value] for part in ("model", "contract") for name, value in record[part].items()]
+    _print(record, as_json, format_table(["setting", "value"], [*rows, ["contract hash", contract.hash]]))
+
+
+def _ledger_text(counts: dict[str, Any]) -> str:
+    from hilum.archive.ledger import REASONS
+    from hilum.terminal import format_table
+
+    used = f"used: {counts['num_used']:,} scans in {counts['num_files_used']:,} of {counts['num_files']:,} files"
+    rows = [[reason, row["files"], REASONS[reason].sentence] for reason, row in counts["refused"].items()]
+    return used + ("\n" + format_table(["refused as", "files", "meaning"], rows) if rows else "")
+
+
+def _embed_text(result: dict[str, Any], out: Path) -> str:
+    lines = [f"{out}: {result['num_rows']:,} rows of {result['num_scans']:,} scans, model {result['model']}"]
+    lines += [f"set aside: {number:,} files, {reason}" for reason, number in result["set_aside"].items()]
+    lines += [f"left out: series {row['series']}: {row['reason']}" for row in result["left_out"][:20]]
+    if len(result["left_out"]) > 20:
+        lines.append(f"left out: {len(result['left_out']) - 20:,} more (all with --json)")
+    return "\n".join(lines)
+
+
+def _probe_text(result: Any) -> str:
+    from hilum.terminal import format_table
+
+    rows = [
+        [row["metric"], row["value"], f"{row['low']:.3f} to {row['high']:.3f}", "" if row["chance"] is None else row["chance"]]
+        for row in result.table()
+    ]
+    lines = [
+        f"{result.target}: {result.predictions.num_rows:,} cases, head {result.head} on {result.model} ({result.level})",
+        format_table(["metric", "value", "95 % interval", "chance"], rows),
+        f"intervals resample {result.cluster}s",
+    ]
+    lines += [f"left out: {number:,} {reason}" for reason, number in result.left_out.items() if number]
+    return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""DICOM series whose every voxel and position is known because the test wrote them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+ROOT = "1.2.826.0.1.3680043.10.9999"
+
+
+def make_slice(pixels: np.ndarray, position: Sequence[float], number: int, **attributes: Any) -> Dataset:
+    """One CT slice in explicit little endian, 16 bits; `attributes` replace or (None) remove any attribute."""
+    signed = np.issubdtype(pixels.dtype, np.signedinteger)
+    series = attributes.pop("series", "1")
+    data = Dataset()
+    values: dict[str, Any] = {
+        "SOPClassUID": CT,
+        "SOPInstanceUID": f"{ROOT}.{series}.{number}",
+        "SeriesInstanceUID": f"{ROOT}.{series}",
+        "StudyInstanceUID": f"{ROOT}.0",
+        "PatientID": "P-001",
+        "PatientName": "Secret^Name",
+        "Modality": "MR" if attributes.get("SOPClassUID") == MR else "CT",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "Manufacturer": "SIEMENS",
+        "Rows": pixels.shape[0],
+        "Columns": pixels.shape[1],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": 16,
+        "BitsStored": 16,
+        "HighBit": 15,
+        "PixelRepresentation": int(signed),
+        "PixelSpacing": [0.8, 0.5],
+        "ImageOrientationPatient": list(AXIAL),
+        "ImagePositionPatient": [round(float(p), 6) for p in position],
+        "InstanceNumber": number + 1,
+        "RescaleSlope": 1,
+        "RescaleIntercept": -1024,
+        "PixelData": pixels.tobytes(),
+    }
+    for name, value in (values | attributes).items():
+        if value is not None:
+            setattr(data, name, value)
+    data["PixelData"].VR = "OW"
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = values["SOPClassUID"]
+    data.file_meta.MediaStorageSOPInstanceUID = data.get("SOPInstanceUID", "1.2.3")
+    return data
+
+
+WriteSeries = Callable[..., list[Path]]
+
+
+def write(
+    root: Path,
+    voxels: np.ndarray,
+    *,
+    step: Sequence[float] = (0.0, 0.0, 2.0),
+    start: Sequence[float] = (-50.0, -40.0, 10.0),
+    folder: str = "archive",
+    positions: Sequence[Sequence[float]] | None = None,
+    edit: Callable[[int, Dataset], None] | None = None,
+    prefix: str = "im",
+    **attributes: Any,
+) -> list[Path]:
+    """Write voxels (Z, Y, X) as one file a slice, slice k at start + k · step, and return the paths."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k, pixels in enumerate(voxels):
+        where = positions[k] if positions is not None else np.array(start) + k * np.array(step)
+        data = make_slice(pixels, where, k, **attributes)
+        if edit:
+            edit(k, data)
+        paths.append(root / folder / f"{prefix}{k:03d}")
+        data.save_as(paths[-1], enforce_file_format=True)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def write_series_to() -> WriteSeries:
+    return write
+
+
+@pytest.fixture
+def write_series(tmp_path: Path) -> WriteSeries:
+    return partial(write, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def voxels() -> np.ndarray:
+    """(6, 9, 7) unsigned stored values, all different, so that any flip or swap shows."""
+    return (np.arange(6 * 9 * 7).reshape(6, 9, 7) * 5 + 3).astype(np.uint16)

@@ -1,0 +1,187 @@
+"""The store that `prepare` leaves: the same bytes however often it was interrupted and whoever did the work."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from hilum.archive import prepare as module
+from hilum.archive.ledger import read_ledger
+from hilum.archive.prepare import prepare
+from hilum.archive.store import Store
+from hilum.errors import DiskFull, InputError, Interrupted, StoreError, UsageError
+
+RUN = """
+import sys
+from hilum.archive.prepare import prepare
+from hilum.archive.privacy import Key
+from hilum.errors import HilumError
+if __name__ == "__main__":
+    try:
+        prepare(sys.argv[1], sys.argv[2], key=Key(bytes(range(32))), num_workers=int(sys.argv[3]))
+    except HilumError as error:
+        print(error)
+        raise SystemExit(error.exit_code)
+"""
+
+
+NUM_IMAGES = 120
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, write_series_to, voxels) -> Path:
+    """One CT, one short MR, one label map, many small images and a text."""
+    root = tmp_path_factory.mktemp("prepare") / "archive"
+    write_series_to(root, voxels, series="1", folder="ct")
+    write_series_to(root, voxels[:3], series="2", folder="mr", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
+    nib.save(nib.Nifti1Image((voxels > 900).astype(np.uint8), np.eye(4)), root / "labels.nii")
+    rng = np.random.default_rng(0)
+    for n in range(NUM_IMAGES):
+        Image.fromarray(rng.integers(0, 255, (16, 16)).astype(np.uint8)).save(root / f"{n}.png")
+    (root / "notes.txt").write_text("x")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(archive, key) -> Path:
+    """The store of a run that nothing interrupted."""
+    prepare(archive, archive.parent / "whole", key=key, num_workers=1)
+    return archive.parent / "whole"
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in store.rglob("*") if p.is_file()}
+
+
+def test_what_lies_in_the_store(archive, whole, key, voxels):
+    summary = prepare(archive, whole, key=key)
+    assert (summary["num_files"], summary["num_used"], summary["num_volumes"]) == (131, 121, 121)
+    assert {r: v["files"] for r, v in summary["refused"].items()} == {
+        "too_few_slices": 3, "label_map": 1, "not_an_image": 1,
+    }  # fmt: skip
+    store = Store(whole)
+    series = key.hash("series", "1.2.826.0.1.3680043.10.9999.1")
+    np.testing.assert_array_equal(store.read_volume(series).voxels, voxels.astype(int) - 1024)
+    assert store.row(series).patient == key.hash("patient", "P-001")
+    assert sum(e.num_files for e in read_ledger(whole / "ledger.parquet")) == 131
+    for name, data in content(whole).items():
+        assert b"Secret" not in data + name.encode()
+        assert b"P-001" not in data + name.encode()
+
+
+def test_a_second_run_does_nothing_and_a_changed_archive_is_noticed(archive, whole, tmp_path, key, monkeypatch):
+    before = content(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "examine", lambda *args: pytest.fail("looked at the archive again"))
+        prepare(archive, whole, key=key, num_workers=1)
+    with pytest.raises(StoreError, match="begun with other settings"):
+        prepare(archive, whole, key=key, min_slices=2)
+    changed = shutil.copytree(archive, tmp_path / "archive")
+    (changed / "new.png").touch()
+    with pytest.raises(StoreError, match=r"archive has changed .* \(131 files then, 132 now\)"):
+        prepare(changed, whole, key=key)
+    assert content(whole) == before
+
+
+def start(archive: Path, store: Path, num_workers: int) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", RUN, str(archive), str(store), str(num_workers)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[str], store: Path, pattern: str, count: int) -> None:
+    while process.poll() is None and sum(1 for _ in store.glob(pattern)) < count:
+        time.sleep(0.002)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"), [("index/part-*", 2), pytest.param("volumes/*/*.b2nd", 20, marks=pytest.mark.slow)]
+)
+def test_killed_and_resumed_gives_the_same_bytes(archive, whole, tmp_path, key, pattern, count):
+    process = start(archive, tmp_path / "store", 2)
+    wait_for(process, tmp_path / "store", pattern, count)
+    process.kill()
+    process.communicate()
+    with pytest.raises(StoreError, match="not finished"):
+        Store(tmp_path / "store")
+    (tmp_path / "store" / "volumes" / "ab").mkdir(exist_ok=True)
+    (tmp_path / "store" / "volumes" / "ab" / ".abc.b2nd.123.tmp").touch()  # what a killed writer leaves
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+@pytest.mark.parametrize(("number", "code", "num_workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
+def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers):
+    process = start(archive, tmp_path / "store", num_workers)
+    wait_for(process, tmp_path / "store", "volumes/*/*.b2nd", 10)
+    process.send_signal(number)
+    output, _ = process.communicate()
+    assert process.returncode == code, output
+    assert "Run the same command again" in output
+    assert list((tmp_path / "store" / "index").glob("part-*.ledger.parquet"))
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+@pytest.mark.parametrize("step", ["write_index", "write_entries", "write_header", "_drop_parts"])
+def test_stopped_between_any_two_last_steps(archive, whole, tmp_path, key, monkeypatch, step):
+    original = getattr(module, step)
+
+    def stop_at_the_end(*args):
+        if "part-" not in str(args[0]):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(module, step, stop_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    monkeypatch.undo()
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_full_disk_keeps_what_was_done(archive, whole, tmp_path, key, monkeypatch):
+    original, calls = module.write_volume, []
+
+    def fill(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 70:
+            raise DiskFull("no space left")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "write_volume", fill)
+    with pytest.raises(DiskFull):
+        prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert len(calls) == 121 + 1  # none of the 69 before was written again
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_refusals_of_the_call(archive, tmp_path, key):
+    with pytest.raises(InputError, match="lies inside the archive"):
+        prepare(archive, archive / "store", key=key)
+    with pytest.raises(UsageError, match="min_slices"):
+        prepare(archive, tmp_path / "store", key=key, min_slices=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(StoreError, match="not empty and no store"):
+        prepare(archive, tmp_path / "other", key=key)
+
+
+def test_interrupted_carries_its_exit_code(archive, tmp_path, key, monkeypatch):
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr(module, "examine", signalled)
+    with pytest.raises(Interrupted, match="0 scans are done") as stopped:
+        prepare(archive, tmp_path / "store", key=key)
+    assert stopped.value.exit_code == 143

@@ -1,0 +1,220 @@
+"""Every file ends in exactly one row, and the real folders get the verdicts their README asks for."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from hilum.archive.ledger import REASONS, Entry, count, read_ledger, vendor_family, write_ledger
+from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.workers import Crashed, run
+from hilum.errors import InputError, ScanRefused
+
+# Folder below dicom/ → what its README says a correct reader does: (verdict or reason, files), DICOM files only.
+EXPECTED = {
+    "ct_axial_j2k_siemens": [("used", 20)],
+    "ct_gantry_tilt_variable_spacing_ge": [("irregular_spacing", 28)],
+    "ct_mixed_study_philips_phantom": [
+        ("dicomdir", 1), ("dicomdir", 1), ("dicomdir", 1), ("localizer", 1), ("secondary_capture", 2), ("used", 28),
+    ],
+    "ct_transfer_syntaxes_ge": [("duplicate_instance", 6), ("used", 1)],
+    "enhanced_multiframe": [("multiframe", 1), ("multiframe", 1), ("multiframe", 4)],
+    "header_oddities": [("no_geometry", 1), ("used", 1)],
+    "monochrome1_projection": [("projection", 1)],
+    "mr_canon_dti": [("incomplete_volume", 38), ("used", 40)],
+    "mr_hitachi": [("used", 4)],
+    "mr_mixed_series_one_folder": [("irregular_spacing", 20), ("mosaic", 1), ("mosaic", 1), ("used", 14)],
+    "mr_philips_4d_phantom": [("used", 9), ("used", 9), ("used", 9)],
+    "mr_sagittal_ge_fruit": [("used", 32)],
+    "mr_sagittal_jpeg_variants": [("duplicate_instance", 2), ("duplicate_positions", 2), ("used", 2), ("used", 2)],
+    "mr_sagittal_patient_position": [("used", 9), ("used", 9)],
+    "mr_siemens_mosaic_phantom": [("mosaic", 2), ("mosaic", 2)],
+    "mr_three_plane_localizer_ge": [("mixed_orientations", 21)],
+    "mr_transfer_syntaxes_siemens_mosaic": [("mosaic", 9)],
+    "mr_uih_mosaic_dti": [("mosaic", 6)],
+    "mr_xa30_jpeg_lossless": [("used", 12)],
+    "noise_pixels_real_headers/ct_same_position_not_a_volume": [("duplicate_positions", 2)],
+    "noise_pixels_real_headers/ct_slice_missing": [("irregular_spacing", 4)],
+    "noise_pixels_real_headers/mr_compressed_jpeg": [("used", 4)],
+    "noise_pixels_real_headers/mr_compressed_rle": [("used", 4)],
+    "noise_pixels_real_headers/mr_ge_dti_4d": [("duplicate_positions", 8)],
+    "noise_pixels_real_headers/mr_hyperfine_enhanced": [("multiframe", 1)],
+    "noise_pixels_real_headers/mr_non_isotropic": [("used", 4)],
+    "noise_pixels_real_headers/mr_philips_3d_scaling": [("used", 4)],
+    "noise_pixels_real_headers/mr_philips_enhanced_3d": [("multiframe", 1)],
+    "noise_pixels_real_headers/mr_philips_fmri_4d": [("duplicate_positions", 8)],
+    "parametric_map": [("parametric_map", 1)],
+    "rt_ct_with_rtstruct": [("structure_set", 1), ("used", 1)],
+    "seg_encodings": [("segmentation", 1), ("segmentation", 1), ("segmentation", 2)],
+    "seg_liver_ct": [("segmentation", 1), ("used", 3)],
+    "seg_tiny_24x38x3": [("multiframe", 1), ("segmentation", 1), ("used", 3)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", sorted(EXPECTED))
+def test_verdicts_on_real_folders(real_data, key, folder):
+    found = scan(real_data / "dicom" / folder, key)
+    verdicts = sorted((e.reason or e.verdict, e.num_files) for e in found if e.reader == "dicom")
+    assert verdicts == sorted(EXPECTED[folder])
+
+
+def num_files(folder: Path) -> int:
+    return sum(p.is_file() for p in folder.rglob("*"))
+
+
+def check_accounting(entries: list[Entry], folder: Path) -> None:
+    assert sum(e.num_files for e in entries) == num_files(folder)
+    paths = [p for e in entries for p in e.paths]
+    assert len(paths) == len(set(paths)) == num_files(folder)
+    assert len({e.key for e in entries}) == len(entries)
+
+
+def test_every_dicom_file_is_accounted_for(real_data, key):
+    check_accounting(scan(real_data / "dicom", key, pixels=False), real_data / "dicom")
+
+
+@pytest.mark.slow
+def test_every_real_file_is_accounted_for_and_readable(real_data, key):
+    entries = scan(real_data, key, pixels=True)
+    check_accounting(entries, real_data)
+    assert not [e for e in entries if e.reason in ("reader_crashed", "cannot_decode", "truncated", "corrupt")]
+
+
+def test_an_archive_as_they_come(write_series, voxels, tmp_path, key):
+    archive = tmp_path / "archive"
+    write_series(voxels, folder="archive/patient")
+    (archive / "README.md").write_text("notes")
+    (archive / "empty").touch()
+    (archive / "broken.dcm").write_bytes(b"\0" * 128 + b"DICM" + os.urandom(500))
+    Image.fromarray(voxels[0].astype(np.uint8)).save(archive / "a.png")
+    (archive / "link").symlink_to(archive / "a.png")
+    (archive / "loop").symlink_to(archive)
+    (archive / "dangling").symlink_to(archive / "nowhere")
+    (archive / "x.nrrd").write_bytes(b"NRRD0004\n")
+    os.mkfifo(archive / "pipe")
+    entries = scan(archive, key)
+    by_name = {e.paths[0].name: e.reason or e.verdict for e in entries}
+    assert by_name["im000"] == "used"
+    assert by_name["README.md"] == by_name["empty"] == "not_an_image"
+    assert by_name["broken.dcm"] in ("corrupt", "other_object")
+    assert by_name["a.png"] == by_name["link"] == "used"
+    assert by_name["dangling"] == "unreadable"
+    assert by_name["x.nrrd"] == "other_format"
+    assert sum(e.num_files for e in entries) == 6 + 7
+    assert "pipe" not in by_name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_and_folder(tmp_path, key):
+    (tmp_path / "file").touch(mode=0)
+    (tmp_path / "folder").mkdir(mode=0)
+    assert sorted((e.reason, e.num_files) for e in scan(tmp_path, key)) == [("unreadable", 0), ("unreadable", 1)]
+    (tmp_path / "folder").chmod(0o700)
+
+
+def test_what_is_no_archive(tmp_path, key):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name, message in (("missing", "is missing; expected"), ("file", "is a file; expected"), ("empty", "is empty")):
+        with pytest.raises(InputError, match=message):
+            scan(tmp_path / name, key)
+
+
+def test_ledger_on_disk_holds_no_path_and_no_identifier(write_series, voxels, tmp_path, key):
+    write_series(voxels, folder="archive/Secret^Name")
+    write_series(voxels, folder="archive/Secret^Name/P-001", edit=lambda k, d: setattr(d, "PixelSpacing", [k + 1, 1]))
+    entries = scan(tmp_path / "archive", key)
+    write_ledger(tmp_path / "out" / "l.parquet", entries, archive_root=tmp_path / "archive")
+    written = repr(pq.read_table(tmp_path / "out" / "l.parquet").to_pylist())
+    assert "ecret" not in written
+    assert "P-001" not in written
+    where = pq.read_table(tmp_path / "out" / "l.paths.parquet").to_pylist()
+    assert {"key": entries[0].key, "path": entries[0].paths[0].relative_to(tmp_path / "archive").as_posix()} in where
+    assert len(where) == 12
+    read = read_ledger(tmp_path / "out" / "l.parquet")
+    assert [(e.key, e.verdict, e.spacing_mm, e.repairs) for e in read] == [
+        (e.key, e.verdict, e.spacing_mm, e.repairs) for e in entries
+    ]
+
+
+def test_read_ledger_refuses_other_tables(tmp_path):
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
+        read_ledger(tmp_path / "x.parquet")
+
+
+def test_find_one_file(write_series, voxels, tmp_path, key):
+    paths = write_series(voxels, SliceThickness=2.0)
+    (entry,) = find(paths[2], key)
+    np.testing.assert_array_equal(read_scan(entry).voxels[0], voxels[2].astype(int) - 1024)
+    (tmp_path / "notes.txt").write_text("x")
+    (entry,) = find(tmp_path / "notes.txt", key)
+    assert entry.reason == "not_an_image"
+
+
+def test_keys_follow_the_identifiers(write_series, voxels, tmp_path, key):
+    write_series(voxels)
+    (entry,) = scan(tmp_path / "archive", key)
+    assert entry.key == key.hash("series", "1.2.826.0.1.3680043.10.9999.1")
+    Image.fromarray(voxels[0].astype(np.uint8)).save(tmp_path / "archive" / "a.png")
+    (entry,) = (e for e in scan(tmp_path / "archive", key) if e.reader == "image")
+    assert entry.key == key.hash("item", "a.png")
+    assert entry.patient == ""
+
+
+def test_pixels_find_what_headers_hide(write_series, key, tmp_path):
+    write_series(np.full((5, 4, 4), 3, np.uint16))
+    assert [e.verdict for e in scan(tmp_path / "archive", key)] == ["used"]
+    assert [e.reason for e in scan(tmp_path / "archive", key, pixels=True)] == ["constant"]
+
+
+def test_count(write_series, voxels, tmp_path, key):
+    write_series(voxels)
+    (tmp_path / "archive" / "a.txt").write_text("x")
+    total = count(scan(tmp_path / "archive", key))
+    assert total["num_files"] == 7
+    assert (total["num_used"], total["num_slices"], total["num_patients"], total["modalities"]) == (1, 6, 1, {"CT": 1})
+    assert total["refused"] == {"not_an_image": {"rows": 1, "files": 1, "fault": False}}
+
+
+def test_every_reason_is_a_sentence():
+    assert all(r.sentence[0].isupper() and r.sentence.endswith(".") for r in REASONS.values())
+
+
+@pytest.mark.parametrize(
+    ("manufacturer", "family"),
+    [
+        ("SIEMENS", "SIEMENS"),
+        ("Siemens Healthineers", "SIEMENS"),
+        ("GE MEDICAL SYSTEMS", "GE"),
+        ("CANON_MEC", "CANON"),
+        ("Philips Medical Systems", "PHILIPS"),
+        ("Gentle Imaging of Dr X", "OTHER"),
+        ("", ""),
+    ],
+)
+def test_vendor_family(manufacturer, family):
+    assert vendor_family(manufacturer) == family
+
+
+def test_progress_counts_files(write_series, voxels, tmp_path, key):
+    write_series(voxels)
+    seen = []
+    scan(tmp_path / "archive", key, progress=lambda done, total, what: seen.append((done, total)))
+    assert seen[-1] == (6, 6)
+
+
+def test_a_crash_costs_one_item():
+    results = {item: r if not isinstance(r, Crashed) else "crashed" for item, r in run(eval, [
+        "1 + 1", "__import__('os').abort()", "2 + 2", "3 + 3"], 2)}  # fmt: skip
+    assert results == {"1 + 1": 2, "2 + 2": 4, "3 + 3": 6, "__import__('os').abort()": "crashed"}
+
+
+def test_refusals_cross_process_borders():
+    with pytest.raises(ScanRefused, match="constant: all 3"):
+        dict(
+            run(eval, ['exec(\'from hilum.errors import ScanRefused; raise ScanRefused("constant", "all 3")\')'] * 2, 2)
+        )
