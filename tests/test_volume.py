@@ -104,8 +104,9 @@ def test_two_axes_never_claim_the_same_direction():
         ("RSP", (5.0, 0.7, 0.7), "LIP"),  # sagittal
         ("LPS", (5.0, 0.7, 0.7), "LIP"),
         ("LPS", (1.0, 1.0, 1.0), "SPL"),  # isotropic: axial
-        ("LPS", (1.05, 1.0, 1.0), "SPL"),
-        ("LPS", (1.2, 1.0, 1.0), "LIP"),
+        ("LPS", (1.05, 1.0, 1.0), "LIP"),  # square pixels in the plane of P and S
+        ("SPL", (2.5, 3.9, 3.9), "SPL"),  # thinner slices than pixels
+        ("LPS", (3.0, 1.0, 2.0), "LIP"),  # no square plane: the thickest axis
     ],
 )
 def test_to_slices_shows_the_acquired_plane_as_radiologists_see_it(code, spacing, expected):

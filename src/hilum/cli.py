@@ -81,7 +81,13 @@ def phantom(
 
     with Reporter(quiet) as progress:
         result = write_phantom(
-            out, num_patients=num_patients, num_slices=num_slices, matrix=matrix, seed=seed, form=form, progress=progress
+            out,
+            num_patients=num_patients,
+            num_slices=num_slices,
+            matrix=matrix,
+            seed=seed,
+            form=form,
+            progress=progress,
         )
     _print(result, as_json, f"{out}: {result['num_patients']} patients, {result['num_files']:,} files")
 
@@ -132,7 +138,9 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="A recipe by name (tiny, curia2-b, …) or a TOML file.")],
     data: Annotated[Path, typer.Option(help="A store.")],
     out: Out,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -229,9 +237,10 @@ def info(model: Annotated[Path, typer.Argument(help="An exported encoder's folde
     from hilum.terminal import format_table
 
     config, contract = read_model_config(model)
-    record = {"model": to_dict(config), "contract": to_dict(contract), "contract_hash": contract.hash}
-    rows = [[f"{part}.{name}", value] for part in ("model", "contract") for name, value in record[part].items()]
-    _print(record, as_json, format_table(["setting", "value"], [*rows, ["contract hash", contract.hash]]))
+    parts = {"model": to_dict(config), "contract": to_dict(contract)}
+    rows = [[f"{part}.{name}", value] for part, values in parts.items() for name, value in values.items()]
+    rows.append(["contract hash", contract.hash])
+    _print({**parts, "contract_hash": contract.hash}, as_json, format_table(["setting", "value"], rows))
 
 
 def _ledger_text(counts: dict[str, Any]) -> str:
@@ -256,7 +265,12 @@ def _probe_text(result: Any) -> str:
     from hilum.terminal import format_table
 
     rows = [
-        [row["metric"], row["value"], f"{row['low']:.3f} to {row['high']:.3f}", "" if row["chance"] is None else row["chance"]]
+        [
+            row["metric"],
+            row["value"],
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            "" if row["chance"] is None else row["chance"],
+        ]
         for row in result.table()
     ]
     lines = [

@@ -12,7 +12,6 @@ from hilum.archive.phantom import write_phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import scan
-from hilum.archive.store import Store
 from hilum.demo_report import write_report
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
@@ -45,7 +44,9 @@ class Task:
 
 TASKS = (
     Task("organ", "Which organ is this? One slice and an organ's mask.", "region", "region", "", "accuracy"),
-    Task("malignancy", "Is this lesion malignant? One slice and its mask.", "region", "malignant", "lesions.csv", "auroc"),
+    Task(
+        "malignancy", "Is this lesion malignant? One slice and its mask.", "region", "malignant", "lesions.csv", "auroc"
+    ),
     Task("level", "How high in the body is this slice?", "slice", "height", "heights.csv", "r2"),
 )
 
@@ -97,7 +98,13 @@ def demo(
     results = _probe_all(out, archive, key, seed)
     now = timed("probe", now)
     scores = _scores(results)
-    record = {"scores": scores, "seconds": seconds, "recipe": to_dict(recipe), "versions": versions(), "machine": machine()}
+    record = {
+        "scores": scores,
+        "seconds": seconds,
+        "recipe": to_dict(recipe),
+        "versions": versions(),
+        "machine": machine(),
+    }
     write_report(out / "report.html", out, archive, key, entries, recipe, TASKS, scores, record)
     timed("report", now)
     seconds["total"] = round(time.monotonic() - began, 1)
@@ -176,5 +183,10 @@ def _scores(results: dict[str, dict[str, ProbeResult]]) -> dict[str, Any]:
             pairs = compare([found[first], found[other]])
             differences[other] = next(c.to_dict() for c in pairs if c.metric == task.metric)
         num_cases = found[first].predictions.num_rows
-        scores[task.name] = {"metric": task.metric, "num_cases": num_cases, "methods": values, "differences": differences}
+        scores[task.name] = {
+            "metric": task.metric,
+            "num_cases": num_cases,
+            "methods": values,
+            "differences": differences,
+        }
     return scores

@@ -22,7 +22,7 @@ from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, read_lines
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.render import render
-from hilum.pretrain.views import sample_block_mask, sample_rng
+from hilum.pretrain.views import Box, sample_block_mask, sample_rng
 
 if TYPE_CHECKING:
     from hilum.demo import Task
@@ -84,7 +84,9 @@ def _add_scores(page: Page, tasks: "Sequence[Task]", scores: dict[str, Any]) -> 
         )
         for task in tasks
     ]
-    page.figure(figures.intervals(panels), "Scores with their 95 % intervals. Intervals that do not overlap: a clear gain.")
+    page.figure(
+        figures.intervals(panels), "Scores with their 95 % intervals. Intervals that do not overlap: a clear gain."
+    )
     gains = [
         f"{task.name}: {d['value']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) against {other}"
         for task in tasks
@@ -161,12 +163,12 @@ def _add_slices(page: Page, examples: Sequence[Example]) -> None:
 def _add_views(page: Page, store: Store, recipe: Recipe) -> None:
     spec = recipe.views
     slices = Slices(store, recipe, contract_of(recipe))
-    shown = []
-    for image, views in slices.draw(0):
-        rejected = [box for view in views for box in view.rejected]
-        if rejected or len(shown) < 1:
-            crops = [c[0].numpy() for c in render(image, views)]
-            shown.append((image[0].numpy(), "", [v.box for v in views], rejected, crops))
+    shown: list[tuple[NDArray[Any], str, list[Box], list[Box], list[NDArray[Any]]]] = []
+    for drawn in slices.draw(0):
+        rejected = [box for view in drawn.views for box in view.rejected]
+        if rejected or not shown:
+            crops = [c[0].numpy() for c in render(drawn.image, drawn.views)]
+            shown.append((drawn.image[0].numpy(), "", [v.box for v in drawn.views], rejected, crops))
         if len(shown) == 4:
             break
     page.section(
@@ -186,7 +188,7 @@ def _add_masks(page: Page, examples: Sequence[Example], recipe: Recipe) -> None:
     spec = recipe.views
     side = spec.global_px // recipe.model.patch[0]
     num_patches = int(side**2 * sum(spec.mask_ratio) / 2)
-    shown = []
+    shown: list[tuple[NDArray[Any], str, NDArray[Any], NDArray[Any]]] = []
     for example in (examples[0], examples[2]):
         frequencies = []
         for center in (None, example.content.center):
@@ -199,7 +201,9 @@ def _add_masks(page: Page, examples: Sequence[Example], recipe: Recipe) -> None:
         "The same number of patches is hidden either way. Uniform blocks spend part of it on air; guided blocks are "
         f"drawn around the centre of the anatomy (Gaussian, sigma {spec.mask_sigma:.2f} of the crop).",
     )
-    page.figure(figures.mask_maps(shown), "How often each patch of a crop of the whole slice is hidden, over 600 draws.")
+    page.figure(
+        figures.mask_maps(shown), "How often each patch of a crop of the whole slice is hidden, over 600 draws."
+    )
 
 
 def _add_curves(page: Page, out: Path) -> None:
@@ -211,7 +215,7 @@ def _add_curves(page: Page, out: Path) -> None:
         return name.replace("_", " "), steps, values
 
     known = set().union(*lines)
-    terms = [n for n in ("invariance", "patch", "dino", "ibot") if n in known]
+    terms = [n for n in ("invariance", "patch_invariance", "dino", "ibot") if n in known]
     panels: list[tuple[str, list[Any]]] = [
         ("objective", [series(n) for n in terms]),
         ("SigReg, N·∫ (1.06 = Gaussian)", [series(n) for n in ("sigreg", "koleo") if n in known]),
@@ -220,7 +224,9 @@ def _add_curves(page: Page, out: Path) -> None:
         ("effective rank of a batch (RankMe)", [series("rank")]),
         ("anatomy in the crops", [series("foreground")]),
     ]
-    page.section("Loss and health", "Nothing is labelled here: these curves say whether the network learns or collapses.")
+    page.section(
+        "Loss and health", "Nothing is labelled here: these curves say whether the network learns or collapses."
+    )
     page.figure(figures.curves([p for p in panels if p[1]]), "Thin: every step; thick: mean of 21 steps.")
 
 
@@ -261,7 +267,7 @@ def _add_maps(page: Page, encoder: ViTEncoder, examples: Sequence[Example]) -> N
     )
     query = chosen[0]
     targets = chosen[1:4]
-    points = []
+    points: list[tuple[str, float, float, list[NDArray[np.float32]]]] = []
     for organ in ("liver", "spine", "spleen", "kidney_left", "aorta", "stomach"):
         at = examples[query].center_of(organ)
         if at is None or len(points) == 3:
@@ -271,7 +277,8 @@ def _add_maps(page: Page, encoder: ViTEncoder, examples: Sequence[Example]) -> N
         points.append((organ.replace("_", " "), at[0], at[1], maps))
     page.figure(
         figures.similarity_maps(examples[query].picture, [examples[n].picture for n in targets], points),
-        "Cosine similarity of every patch to the marked one (bright = alike), in MR of the same patient and in another's CT and MR.",
+        "Cosine similarity of every patch to the marked one (bright = alike), in MR of the same patient and in another's "
+        "CT and MR.",
     )
 
 

@@ -77,7 +77,9 @@ def _draw_box(axes: Axes, box: Box, shape: tuple[int, ...], colour: str, line: s
     height, width = shape[:2]
     corner = (x0 * width - 0.5, y0 * height - 0.5)
     axes.add_patch(
-        Rectangle(corner, (x1 - x0) * width, (y1 - y0) * height, fill=False, edgecolor=colour, linestyle=line, linewidth=1)
+        Rectangle(
+            corner, (x1 - x0) * width, (y1 - y0) * height, fill=False, edgecolor=colour, linestyle=line, linewidth=1
+        )
     )
 
 
@@ -128,7 +130,9 @@ def _smooth(values: Array, width: int = 21) -> Array:
     return out
 
 
-def pca_maps(examples: Sequence[tuple[Array, str, str]], tokens: Sequence[Array], foreground: Sequence[Array]) -> Figure:
+def pca_maps(
+    examples: Sequence[tuple[Array, str, str]], tokens: Sequence[Array], foreground: Sequence[Array]
+) -> Figure:
     """Slices above the first three principal components of their patch tokens as red, green and blue.
 
     examples    (pixels, unit, title)
@@ -153,7 +157,9 @@ def pca_maps(examples: Sequence[tuple[Array, str, str]], tokens: Sequence[Array]
 
 
 def similarity_maps(
-    query: tuple[Array, str, str], targets: Sequence[tuple[Array, str, str]], points: Sequence[tuple[str, float, float, Sequence[Array]]]
+    query: tuple[Array, str, str],
+    targets: Sequence[tuple[Array, str, str]],
+    points: Sequence[tuple[str, float, float, Sequence[Array]]],
 ) -> Figure:
     """Query patches and how alike every patch of other slices is.
 
@@ -166,32 +172,35 @@ def similarity_maps(
         pixels, unit, title = query
         _image(row[0], pixels, unit, f"{name} in {title}")
         height, width = pixels.shape
-        row[0].plot(x * width, y * height, "o", color=ACCEPTED, markersize=7, markerfacecolor="none", markeredgewidth=1.8)
+        row[0].plot(
+            x * width, y * height, "o", color=ACCEPTED, markersize=7, markerfacecolor="none", markeredgewidth=1.8
+        )
         for place, (pixels, unit, title), similarity in zip(row[1:], targets, similarities):
             _image(place, pixels, unit, title)
             height, width = pixels.shape
             low, high = np.percentile(similarity, [50, 99.5])
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-            place.imshow(similarity, cmap="inferno", vmin=low, vmax=high, alpha=0.6, extent=extent, interpolation="bilinear")
+            place.imshow(
+                similarity, cmap="inferno", vmin=low, vmax=high, alpha=0.6, extent=extent, interpolation="bilinear"
+            )
     return figure
 
 
-def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]], chance: Sequence[float | None]) -> Figure:
+def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float, float]]]]) -> Figure:
     """Scores with their 95 % intervals, one panel a task.
 
-    rows     (task, [(method, value, low, high)])
-    chance   chance level of each task, or None
+    rows   (task, [(method, value, low, high)])
     """
     figure = Figure(figsize=(9.6, 0.55 + 0.24 * max(len(m) for _, m in rows) + 0.35), layout="constrained")
     axes = figure.subplots(1, len(rows), squeeze=False)[0]
-    for place, (task, methods), level in zip(axes, rows, chance):
+    for place, (task, methods) in zip(axes, rows):
         for number, (name, value, low, high) in enumerate(reversed(methods)):
             colour = SERIES[0] if number == len(methods) - 1 else SERIES[4]
             place.plot([low, high], [number, number], color=colour, linewidth=2.5, solid_capstyle="round", alpha=0.6)
             place.plot(value, number, "o", color=colour, markersize=5, label=name)
-        if level is not None:
-            place.axvline(level, color=SERIES[4], linewidth=0.8, linestyle=":")
-        place.set_yticks(range(len(methods)), [m[0] for m in reversed(methods)] if place is axes[0] else [""] * len(methods))
+        place.set_yticks(
+            range(len(methods)), [m[0] for m in reversed(methods)] if place is axes[0] else [""] * len(methods)
+        )
         place.set_title(task, fontsize=8, loc="left")
         place.tick_params(labelsize=7, length=2)
         place.spines[["top", "right", "left"]].set_visible(False)

@@ -23,7 +23,8 @@ body { margin: 0; background: var(--ground); color: var(--ink); font: 16px/1.55 
 main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 0 0 .6rem; }
 .lead { color: var(--soft); margin: 0 0 2rem; max-width: 46rem; }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 1.4rem 1.6rem; margin: 0 0 1.3rem; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+section { padding: 1.4rem 1.6rem; margin: 0 0 1.3rem; }
 section p { max-width: 46rem; margin: .3rem 0 1rem; }
 nav { margin: 0 0 1.6rem; font-size: .92rem; } nav a { margin-right: 1.1rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
@@ -66,14 +67,17 @@ class Page:
     def code(self, text: str) -> None:
         self._add(f"<pre><code>{html.escape(text)}</code></pre>")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], best: Sequence[tuple[int, int]] = ()) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[Any]], best: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """A table; `best` names (row, column) cells to set apart."""
         marked = set(best)
         head = "".join(f"<th>{_inline(c)}</th>" for c in columns)
         body = "".join(
             "<tr>"
             + "".join(
-                f"<td{' class=best' if (r, c) in marked else ''}>{_inline(str(cell))}</td>" for c, cell in enumerate(row)
+                f"<td{' class=best' if (r, c) in marked else ''}>{_inline(str(cell))}</td>"
+                for c, cell in enumerate(row)
             )
             + "</tr>"
             for r, row in enumerate(rows)
@@ -92,7 +96,10 @@ class Page:
         named = [(f"s{n}", heading, parts) for n, (heading, parts) in enumerate(self._sections)]
         links = "".join(f'<a href="#{anchor}">{html.escape(heading)}</a>' for anchor, heading, _ in named if heading)
         body = "".join(
-            f'<section id="{anchor}">' + (f"<h2>{html.escape(heading)}</h2>" if heading else "") + "".join(parts) + "</section>"
+            f'<section id="{anchor}">'
+            + (f"<h2>{html.escape(heading)}</h2>" if heading else "")
+            + "".join(parts)
+            + "</section>"
             for anchor, heading, parts in named
         )
         return (

@@ -121,21 +121,34 @@ def _axis_of(letter: str) -> int:
 PLANES = {"S": "SPL", "I": "SPL", "P": "PIL", "A": "PIL", "L": "LIP", "R": "LIP"}
 
 
-def to_slices(vol: Volume) -> Volume:
+def to_slices(vol: Volume, through: int | None = None) -> Volume:
     """Turn a scan so that axis 0 runs through the slices it was acquired in, each slice seen as radiologists see it.
 
-    The through-plane axis is the one with the largest spacing (the superior axis when two are within 10 %). Axial
-    slices become (P, L), coronal (I, L), sagittal (I, P): the axis convention of Curia's released processor. A
+    through  the axis that runs through the slices, when it is known (0 for a stack of DICOM images). Else it is the axis
+             whose two others share one spacing (within 2 %, pixels are square), the superior axis among several such,
+             and without such a pair the axis with the largest spacing
+
+    Axial slices become (P, L), coronal (I, L), sagittal (I, P): the axis convention of Curia's released processor. A
     volume without geometry comes back unchanged.
     """
     if vol.affine is None:
         return vol
-    spacing, code = np.array(vol.spacing_mm), vol.orientation
-    through = int(np.argmax(spacing))
-    superior = next(k for k, c in enumerate(code) if c in "SI")
-    if spacing[superior] >= 0.9 * spacing[through]:
-        through = superior
+    code = vol.orientation
+    if through is None:
+        through = _through_plane(vol.spacing_mm, code)
     return orient(vol, PLANES[code[through]])
+
+
+def _through_plane(spacing_mm: Spacing, code: str) -> int:
+    square = []
+    for axis in range(3):
+        a, b = (s for other, s in enumerate(spacing_mm) if other != axis)
+        if abs(a - b) <= 0.02 * max(a, b):
+            square.append(axis)
+    superior = next(axis for axis, letter in enumerate(code) if letter in "SI")
+    if superior in square:
+        return superior
+    return square[0] if square else int(np.argmax(spacing_mm))
 
 
 def resample(vol: Volume, spacing_mm: Spacing) -> Volume:

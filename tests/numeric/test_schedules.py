@@ -50,7 +50,11 @@ def test_learning_rate_warms_up_from_zero_and_ends_at_final_lr():
 
 def test_the_learning_rate_is_absolute():
     """DINOv2's rule base·sqrt(batch/1024) and DINOv3's, four times that, hide one number (ssl.md §8.8); ours is it."""
-    assert 4e-3 * math.sqrt(2048 / 1024) == pytest.approx(4 * 1e-3 * math.sqrt(2048 / 1024)) == pytest.approx(5.657e-3, rel=1e-4)
+    assert (
+        4e-3 * math.sqrt(2048 / 1024)
+        == pytest.approx(4 * 1e-3 * math.sqrt(2048 / 1024))
+        == pytest.approx(5.657e-3, rel=1e-4)
+    )
     r = recipe(lr=5.657e-3, warmup=0.0)
     for batch_size in (2, 2048):
         assert learning_rate(replace(r, run=replace(r.run, batch_size=batch_size)), 0) == pytest.approx(5.657e-3)
@@ -79,8 +83,14 @@ def test_layer_decay_of_vit_b():
     """ssl.md §8.7: depth 12 at .9."""
     o = Optimiser(layer_decay=0.9, patch_embed_lr=0.2)
     assert lr_multiplier("backbone.blocks.11.attn.qkv.weight", 12, o) == pytest.approx(0.9)
-    assert lr_multiplier("backbone.blocks.0.norm1.bias", 12, o) == pytest.approx(0.9**12) == pytest.approx(0.282, abs=5e-4)
-    assert lr_multiplier("backbone.patch_embed.weight", 12, o) == pytest.approx(0.9**13 * 0.2) == pytest.approx(0.0508, abs=5e-5)
+    assert (
+        lr_multiplier("backbone.blocks.0.norm1.bias", 12, o) == pytest.approx(0.9**12) == pytest.approx(0.282, abs=5e-4)
+    )
+    assert (
+        lr_multiplier("backbone.patch_embed.weight", 12, o)
+        == pytest.approx(0.9**13 * 0.2)
+        == pytest.approx(0.0508, abs=5e-5)
+    )
     for token in ("cls_token", "pos_embed", "mask_token", "registers"):
         assert lr_multiplier(f"backbone.{token}", 12, o) == pytest.approx(0.9**13)
     for top in ("backbone.norm.weight", "dino_head.mlp.0.weight", "ibot_head.prototypes", "projector.0.bias"):

@@ -47,7 +47,7 @@ class Content:
     @staticmethod
     def grid_from_bytes(data: bytes, num_slices: int) -> NDArray[np.float32]:
         grid = np.frombuffer(data, np.uint8).reshape(num_slices, GRID, GRID)
-        return grid.astype(np.float32) / 255
+        return grid.astype(np.float32) / np.float32(255)
 
 
 def measure_content(vol: Volume) -> Content:

@@ -21,6 +21,7 @@ from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume, to_slices
 
 SAME_DIRECTION = 1e-3  # largest difference of two direction cosines that count as equal
+_WIDER = [np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32)]  # each holds the values of those before
 SMALLEST_MM = 0.01  # positions nearer than this are one position; spacings below it are no spacings
 
 
@@ -134,8 +135,8 @@ def read(paths: Sequence[Path]) -> tuple[Volume, tuple[str, ...]]:
         plane = _rescale(pixels, header)
         if voxels is None:
             voxels = np.empty((len(paths), *plane.shape), plane.dtype)
-        elif voxels.dtype != plane.dtype and voxels.dtype != np.float32:
-            voxels = voxels.astype(np.float32 if plane.dtype == np.float32 else np.int32)
+        elif _WIDER.index(plane.dtype) > _WIDER.index(voxels.dtype):
+            voxels = voxels.astype(plane.dtype)
         voxels[n] = plane
     if voxels is None:
         raise ScanRefused("no_geometry", "no files")
@@ -143,15 +144,13 @@ def read(paths: Sequence[Path]) -> tuple[Volume, tuple[str, ...]]:
     if found.order != tuple(range(len(headers))):
         voxels = voxels[list(found.order)]
     low, high = voxels.min(), voxels.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ScanRefused("non_finite", f"{int((~np.isfinite(voxels)).sum())} voxels")
     if low == high:
         raise ScanRefused("constant", f"all voxels {float(low):g}")
     if voxels.dtype == np.int32:
         voxels = voxels.astype(np.int16 if low >= -32768 and high <= 32767 else np.float32)
     modality = headers[0].modality
     vol = Volume(voxels=voxels, affine=found.affine, modality=modality, unit="HU" if modality == "CT" else "")
-    return to_slices(vol), tuple(sorted(notes))
+    return to_slices(vol, through=0), tuple(sorted(notes))
 
 
 def _rescale(pixels: NDArray[Any], header: Header) -> NDArray[Any]:

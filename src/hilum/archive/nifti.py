@@ -122,6 +122,31 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
 
     Voxels are int16 when all values are whole and fit, else float32.
     """
+    header, voxels = _read_voxels(path)
+    if voxels.min() == voxels.max():
+        raise ScanRefused("constant", f"all voxels {float(voxels.flat[0]):g}")
+    if header.labels or is_label_map(voxels):
+        raise ScanRefused("label_map", "by its intent code" if header.labels else "by its values")
+    compact = _compact(voxels)
+    ct = looks_like_hu(compact)
+    vol = Volume(voxels=compact, affine=header.affine, modality="CT" if ct else "OT", unit="HU" if ct else "")
+    return to_slices(vol), ("modality guessed from values: CT",) if ct else ()
+
+
+def read_label(path: Path) -> Volume:
+    """Read a label map: class numbers on a grid, turned as `to_slices` turns the scan it belongs to.
+
+    Raises ScanRefused `corrupt` when the values are no whole numbers in 0…65535.
+    """
+    header, voxels = _read_voxels(path)
+    numbers = np.ascontiguousarray(voxels, np.int32)
+    if (numbers != voxels).any() or numbers.min() < 0 or numbers.max() > 65535:
+        raise ScanRefused("corrupt", "expected a label map: whole numbers from 0 to 65535")
+    return to_slices(Volume(voxels=numbers, affine=header.affine, modality="OT", kind="label"))
+
+
+def _read_voxels(path: Path) -> tuple[NiftiHeader, NDArray[Any]]:
+    """Header and voxels (Z, Y, X), all finite."""
     with _open(path) as handle:
         try:
             image = _load(handle)
@@ -137,14 +162,7 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
         raise ScanRefused("non_finite", f"{int((~np.isfinite(voxels)).sum())} of {voxels.size} voxels")
     if max(abs(float(voxels.min())), abs(float(voxels.max()))) > float(np.finfo(np.float32).max):
         raise ScanRefused("non_finite", "values beyond single precision")
-    if voxels.min() == voxels.max():
-        raise ScanRefused("constant", f"all voxels {float(voxels.flat[0]):g}")
-    if header.labels or is_label_map(voxels):
-        raise ScanRefused("label_map", "by its intent code" if header.labels else "by its values")
-    compact = _compact(voxels)
-    ct = looks_like_hu(compact)
-    vol = Volume(voxels=compact, affine=header.affine, modality="CT" if ct else "OT", unit="HU" if ct else "")
-    return to_slices(vol), ("modality guessed from values: CT",) if ct else ()
+    return header, voxels
 
 
 def _compact(voxels: NDArray[Any]) -> NDArray[Any]:

@@ -22,8 +22,8 @@ from types import FrameType
 from typing import Any
 
 from hilum.archive.ledger import Entry, count, read_ledger, write_entries
-from hilum.archive.privacy import Key
-from hilum.archive.scan import Listing, Progress, crashed, examine, read_entry, refuse, walk, with_volume
+from hilum.archive.privacy import Key, read_key
+from hilum.archive.scan import Listing, crashed, examine, read_entry, refuse, walk, with_volume
 from hilum.archive.store import Row, check_header, open_for_writing, read_index, write_header, write_index, write_volume
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import (
@@ -36,6 +36,7 @@ from hilum.errors import (
     StoreError,
     UsageError,
 )
+from hilum.terminal import Progress
 
 PART_SCANS = 64
 
@@ -52,7 +53,7 @@ def prepare(
     archive: str | Path,
     store: str | Path,
     *,
-    key: Key,
+    key: Key | None = None,
     num_workers: int | None = None,
     min_slices: int = 5,
     progress: Progress | None = None,
@@ -60,13 +61,14 @@ def prepare(
     """Read every usable scan of an archive into a store.
 
     store        a new folder, or one that an interrupted run of the same command left
+    key          hashes identifiers; None: the user's own (`hilum.archive.privacy.read_key`)
     num_workers  processes; None: one per core. The result does not depend on it
     min_slices   scans with fewer slices are left out, ≥ 1; images without geometry (PNG, JPEG) always count as one
     returns      the counts of `hilum.archive.ledger.count`, and "num_volumes"
 
     Raises Interrupted after Ctrl-C or SIGTERM, once everything finished so far is on disk.
     """
-    archive, store = Path(archive), Path(store)
+    archive, store, key = Path(archive), Path(store), key or read_key()
     if min_slices < 1:
         raise UsageError(f"min_slices must be at least 1; found {min_slices}")
     if store.resolve().is_relative_to(archive.resolve()):

@@ -17,12 +17,12 @@ import numpy as np
 from hilum.archive import dicom, image, nifti
 from hilum.archive.dicom_file import Header, looks_like_dicom, read_header
 from hilum.archive.ledger import Entry
-from hilum.archive.privacy import Key
+from hilum.archive.privacy import Key, read_key
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import GeometryError, InputError, ScanRefused
+from hilum.terminal import Progress
 from hilum.volume import Volume
 
-Progress = Callable[[int, int | None, str], None]
 Reader = Callable[[Sequence[Path]], tuple[Volume, tuple[str, ...]]]
 
 READERS: dict[str, Reader] = {
@@ -81,14 +81,17 @@ def walk(archive: Path) -> Listing:
     return Listing(archive, tuple(sorted(files)), tuple(sorted(closed)))
 
 
-def scan(archive: str | Path, key: Key, *, pixels: bool = False, progress: Progress | None = None) -> list[Entry]:
+def scan(
+    archive: str | Path, key: Key | None = None, *, pixels: bool = False, progress: Progress | None = None
+) -> list[Entry]:
     """What is in a folder: one entry per scan and per group of refused files, sorted by key.
 
+    key       hashes identifiers; None: the user's own (`hilum.archive.privacy.read_key`)
     pixels    also read every voxel of every scan, so that what cannot be decoded is known now
     progress  called as (files done, files in all, what is being done)
     returns   entries whose `num_files` add up to the number of regular files in the folder
     """
-    entries = examine(walk(Path(archive)), key, nifti_voxels=True, progress=progress)
+    entries = examine(walk(Path(archive)), key or read_key(), nifti_voxels=True, progress=progress)
     if not pixels:
         return entries
     used = [e for e in entries if e.used]
@@ -101,12 +104,12 @@ def scan(archive: str | Path, key: Key, *, pixels: bool = False, progress: Progr
     return sorted(checked, key=lambda e: e.key)
 
 
-def find(path: str | Path, key: Key) -> list[Entry]:
+def find(path: str | Path, key: Key, *, progress: Progress | None = None) -> list[Entry]:
     """The scans in a folder or one file, from headers alone; label maps in NIfTI show only when read."""
     path = Path(path)
     one = path.is_file()
     listing = Listing(path.parent, ((path.name, path.stat().st_size),), ()) if one else walk(path)
-    return examine(listing, key, nifti_voxels=False)
+    return examine(listing, key, nifti_voxels=False, progress=progress)
 
 
 def read_scan(entry: Entry) -> Volume:

@@ -2,23 +2,23 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hilum.archive.ledger import Entry
+from hilum.archive.ledger import REASONS
 from hilum.archive.nifti import read_label
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find, read_scan
 from hilum.archive.store import Store
-from hilum.encode.features import Level, Scan, feature_rows, write_rows
+from hilum.encode.features import LEVELS, Scan, feature_rows, write_rows
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, InputError, LabelsError, ScanRefused, UsageError
 from hilum.records import versions, write_atomic
-from hilum.volume import Volume
-
-Progress = Callable[[int, int | None, str], None]
+from hilum.terminal import Progress
+from hilum.volume import Volume, orient
 
 
 @dataclass
@@ -26,8 +26,14 @@ class Outcome:
     """What became of every scan: encoded, set aside by design, or left out although it looked usable."""
 
     num_scans: int = 0
-    set_aside: dict[str, int] = field(default_factory=dict)
+    set_aside: Counter[str] = field(default_factory=Counter)  # reason → files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # series key, reason
+
+    def refuse(self, series: str, refusal: ScanRefused, num_files: int = 1) -> None:
+        if REASONS[refusal.reason].fault:
+            self.left_out.append((series, str(refusal)))
+        else:
+            self.set_aside[refusal.reason] += num_files
 
 
 def embed(
@@ -35,7 +41,7 @@ def embed(
     *,
     model: str,
     out: str | Path,
-    level: Level = "slice",
+    level: str = "slice",
     masks: str | Path | None = None,
     max_slices: int | None = None,
     batch_size: int = 32,
@@ -55,8 +61,8 @@ def embed(
     returns     counts: rows, scans, set aside by reason, left out with series key and reason
     """
     source, out, key = Path(source), Path(out), key or read_key()
-    if level not in ("slice", "region", "volume"):
-        raise UsageError(f"level '{level}' is unknown; expected slice, region or volume")
+    if level not in LEVELS:
+        raise UsageError(f"level '{level}' is unknown; expected {', '.join(LEVELS)}")
     if max_slices is not None and max_slices < 1:
         raise UsageError(f"max_slices must be at least 1; found {max_slices}")
     if level == "region" and masks is None:
@@ -83,7 +89,7 @@ def embed(
     return {
         "num_rows": num_rows,
         "num_scans": outcome.num_scans,
-        "set_aside": outcome.set_aside,
+        "set_aside": dict(outcome.set_aside),
         "left_out": [{"series": series, "reason": reason} for series, reason in outcome.left_out],
         "model": encoder.name,
         "contract": encoder.contract.hash,
@@ -99,29 +105,37 @@ def _summary(outcome: Outcome) -> str:
 def _scans(
     source: Path,
     key: Key,
-    level: Level,
+    level: str,
     masks: dict[str, Path],
     outcome: Outcome,
     modalities: tuple[str, ...],
     progress: Progress | None,
 ) -> Iterator[Scan]:
     """Scans one at a time, each with its mask; what cannot be used is counted in `outcome`."""
-    readers = _store_readers(source) if (source / "store.json").is_file() else _file_readers(source, key, outcome, progress)
+    readers = (
+        _store_readers(source) if (source / "store.json").is_file() else _file_readers(source, key, outcome, progress)
+    )
     if masks and (unknown := masks.keys() - {series for series, *_ in readers}) == masks.keys():
-        raise LabelsError(f"none of the {len(unknown)} scans of the mask table is in {source.name}; expected matching ids")
+        raise LabelsError(
+            f"none of the {len(unknown)} scans of the mask table is in {source.name}; expected matching ids"
+        )
     for done, (series, patient, study, read) in enumerate(readers, 1):
         try:
             mask = None
             if level == "region":
                 if series not in masks:
-                    outcome.set_aside["no_mask"] = outcome.set_aside.get("no_mask", 0) + 1
+                    outcome.set_aside["no_mask"] += 1
                     continue
                 mask = read_label(masks[series])
             volume = read()
+            if mask is not None and volume.affine is not None:
+                mask = orient(mask, volume.orientation)
             if volume.modality not in modalities:
                 raise ContractError(f"modality {volume.modality} is not in the model's contract")
-        except (ScanRefused, ContractError) as refusal:
-            outcome.left_out.append((series, str(refusal)))
+        except ScanRefused as refusal:
+            outcome.refuse(series, refusal)
+        except ContractError as broken:
+            outcome.left_out.append((series, str(broken)))
         else:
             outcome.num_scans += 1
             yield Scan(series, patient, study, volume, mask)
@@ -140,18 +154,11 @@ def _store_readers(source: Path) -> list[Reader]:
 def _file_readers(source: Path, key: Key, outcome: Outcome, progress: Progress | None) -> list[Reader]:
     readers: list[Reader] = []
     for entry in find(source, key, progress=progress):
-        if entry.verdict == "used":
+        if entry.used:
             readers.append((entry.key, entry.patient, entry.study, lambda e=entry: read_scan(e)))  # type: ignore[misc]
         else:
-            _count_refused(entry, outcome)
+            outcome.refuse(entry.key, ScanRefused(entry.reason, entry.detail), entry.num_files)
     return readers
-
-
-def _count_refused(entry: Entry, outcome: Outcome) -> None:
-    if entry.is_fault:
-        outcome.left_out.append((entry.key, f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason))
-    else:
-        outcome.set_aside[entry.reason] = outcome.set_aside.get(entry.reason, 0) + entry.num_files
 
 
 def read_mask_table(path: Path, key: Key) -> dict[str, Path]:
@@ -169,7 +176,9 @@ def read_mask_table(path: Path, key: Key) -> dict[str, Path]:
         )
     found: dict[str, Path] = {}
     for row in rows:
-        series = row[known] if known == "series" else key.hash("series" if known == "series_uid" else "item", row[known])
+        series = (
+            row[known] if known == "series" else key.hash("series" if known == "series_uid" else "item", row[known])
+        )
         mask = path.parent / row["mask"]
         if series in found:
             raise LabelsError(f"the mask table {path.name} names series {series} twice")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,7 @@ from hilum.encode.encoder import Encoder, pool
 from hilum.errors import ContractError, ScanRefused
 from hilum.volume import Volume
 
-Level = Literal["slice", "region", "volume"]
-MIN_SLICE_SIDE = 2
+LEVELS = ("slice", "region", "volume")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Item:
     weights: Tensor | None
 
 
-def make_items(scan: Scan, encoder: Encoder, level: Level, max_slices: int | None) -> Iterator[Item]:
+def make_items(scan: Scan, encoder: Encoder, level: str, max_slices: int | None) -> Iterator[Item]:
     """What to encode of one scan.
 
     slice, volume  all slices, or `max_slices` evenly spaced ones
@@ -109,7 +108,9 @@ def check_same_grid(vol: Volume, mask: Volume) -> None:
             raise ContractError(f"mask and scan lie {apart:.1f} mm apart; expected the same grid")
 
 
-def encode_items(encoder: Encoder, items: Iterable[Item], batch_size: int) -> Iterator[tuple[Item, NDArray[np.float32]]]:
+def encode_items(
+    encoder: Encoder, items: Iterable[Item], batch_size: int
+) -> Iterator[tuple[Item, NDArray[np.float32]]]:
     """Items in, one vector each, batch by batch in the order they came."""
     stream = iter(items)
     while batch := list(islice(stream, batch_size)):
@@ -125,7 +126,7 @@ def encode_items(encoder: Encoder, items: Iterable[Item], batch_size: int) -> It
 
 
 def feature_rows(
-    encoder: Encoder, scans: Iterable[Scan], level: Level, max_slices: int | None, batch_size: int
+    encoder: Encoder, scans: Iterable[Scan], level: str, max_slices: int | None, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Rows of the feature table. A volume's vector is the mean over its slices (CuriaBench's 3D track for 2D models)."""
     items = (item for scan in scans for item in make_items(scan, encoder, level, max_slices))
@@ -146,7 +147,7 @@ def feature_rows(
         yield _row(last, encoder, level, total / count)
 
 
-def _row(item: Item, encoder: Encoder, level: Level, vector: NDArray[Any]) -> dict[str, Any]:
+def _row(item: Item, encoder: Encoder, level: str, vector: NDArray[Any]) -> dict[str, Any]:
     parts = {"volume": (), "slice": (item.slice,), "region": (item.slice, item.region)}[level]
     return {
         "item": "/".join([item.scan.series, *map(str, parts)]),

@@ -7,6 +7,7 @@ pass. Attention is torch's own.
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -234,7 +235,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))
         self.mask_token = nn.Parameter(torch.zeros(1, self.width))
         self.registers = nn.Parameter(torch.zeros(1, config.num_registers, self.width))
-        num_cells = int(torch.tensor(config.grid).prod())
+        num_cells = math.prod(config.grid)
         self.pos_embed = None
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_cells, self.width))
@@ -307,6 +308,8 @@ class ViT(nn.Module):
         patches = self.pos_embed[:, 1:]
         if grid == self.config.grid:
             return patches
-        table = patches.float().transpose(1, 2).unflatten(2, self.config.grid)
-        table = functional.interpolate(table, grid, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False)
+        table = patches.float().transpose(1, 2).reshape(1, self.width, *self.config.grid)
+        table = functional.interpolate(
+            table, grid, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False
+        )
         return table.flatten(2).transpose(1, 2)

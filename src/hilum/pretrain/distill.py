@@ -147,8 +147,7 @@ class Learner(nn.Module):
     def _join_views(self, batch: Batch, step: int) -> StepResult:
         """LeJEPA: all views near the mean of the global ones, each global view's projections standard normal.
 
-        Masked global crops are views like others, so the guided masks make the task harder where the anatomy is. With
-        patch_weight, hidden patches also predict the projection of the same patch in the unmasked crop.
+        Masked global crops are views like others, so the guided masks make the task harder where the anatomy is.
         """
         objective, num_slices = self.recipe.objective, self.recipe.run.batch_size
         num_global = self.recipe.views.num_global
@@ -160,22 +159,30 @@ class Learner(nn.Module):
         weight = objective.regulariser_weight if objective.regulariser != "none" else 0.0
         loss = (1 - weight) * parts["invariance"] + self._regularise(projected, step, parts)
         if objective.patch_weight:
-            loss = loss + objective.patch_weight * self._predict_patches(batch, tokens[0], step, parts)
+            loss = loss + objective.patch_weight * self._join_places(batch, tokens[0], step, parts)
         return StepResult(loss, parts, tokens[0].cls.detach().float())
 
-    def _predict_patches(self, batch: Batch, masked: Tokens, step: int, parts: dict[str, Tensor]) -> Tensor:
-        """Hidden patches predict the momentum teacher's projection of the same patches, seen unmasked."""
-        objective = self.recipe.objective
-        guess = self.student["patch_projector"](masked.patches[batch.masks])
-        with torch.no_grad():
-            self.teacher["backbone"].eval()
-            seen = self.teacher_backbone()(batch.globals).patches[batch.masks]
-            target = self.teacher["patch_projector"](seen).float()
-        parts["patch"] = (guess.float() - target).square().mean()
+    def _join_places(self, batch: Batch, tokens: Tokens, step: int, parts: dict[str, Tensor]) -> Tensor:
+        """LeJEPA on patches: one place of the body, seen by several global crops, projects to one vector.
+
+        The crops differ in position, scale, intensity and mask, so a patch token has to say what lies there, not where in
+        the crop, and a hidden patch has to guess it from its surroundings (the part that iBOT plays beside DINO).
+        """
+        objective, grid = self.recipe.objective, self.recipe.views.global_px // self.recipe.model.patch[0]
+        num_global, num_slices, num_points, _ = batch.points.shape
+        shared = batch.points.isfinite().flatten(2).all(2).all(0)  # slices whose crops overlap
+        maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, grid, grid).float()
+        at = 2 * batch.points.nan_to_num(0.5).flatten(0, 1)[:, None].flip(-1) - 1  # grid_sample wants (x, y) in [-1, 1]
+        places = functional.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
+        places = places[:, :, 0].transpose(1, 2).reshape(num_global, num_slices, num_points, -1)[:, shared]
+        projected = self.student["patch_projector"](places.flatten(0, 2)).view(num_global, -1, objective.projector_dim)
+        parts["patch_invariance"] = invariance(projected, num_global)
         generator = step_generator(self.recipe.run.seed, step, 2)
-        parts["patch_sigreg"] = sigreg(guess, objective.sigreg_slices, generator) / len(guess)
-        w = objective.regulariser_weight
-        return (1 - w) * parts["patch"] + w * self.recipe.run.batch_size * parts["patch_sigreg"]
+        values = [sigreg(view, objective.sigreg_slices, generator) for view in projected]
+        # N·∫ grows with the number of places; per slice it weighs as the class token's does
+        parts["patch_sigreg"] = torch.stack(values).mean() / num_points
+        weight = objective.regulariser_weight
+        return (1 - weight) * parts["patch_invariance"] + weight * parts["patch_sigreg"]
 
     def _regularise(self, samples_VBD: Tensor, step: int, parts: dict[str, Tensor]) -> Tensor:
         """The chosen regulariser, one value a view: KoLeo summed over views as DINOv2, SigReg averaged as LeJEPA."""
@@ -207,5 +214,6 @@ class Learner(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher ← m·teacher + (1 − m)·student, after the optimiser's step, with the updated student (DINO)."""
-        ours, theirs = list(self.teacher.parameters()), list(self.student.parameters())
+        ours: list[Tensor] = list(self.teacher.parameters())
+        theirs: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(ours, theirs, 1 - momentum)

@@ -5,7 +5,7 @@ restarts and batch composition cannot change it, and resuming needs one integer.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hilum.encode.contract import Contract, normalise_slice
 from hilum.errors import StoreError
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.render import render
-from hilum.pretrain.views import View, mask_counts, sample_rng, sample_views
+from hilum.pretrain.views import View, mask_counts, sample_points, sample_rng, sample_views
 
 _ROUNDS = 6
 
@@ -48,19 +48,29 @@ class Batch:
     globals   (G·B, 1, S, S)
     locals    (L·B, 1, s, s), or None without local crops
     masks     (G·B, N) bool; the number of hidden patches is the same in every batch
+    points    (G, B, P, 2) places (y, x in fractions of the crop) that all global crops of a slice show; NaN without one
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
     """
 
     globals: Tensor
     locals: Tensor | None
     masks: Tensor
+    points: Tensor
     foreground: float
     num_rejected: float
 
     def to(self, device: torch.device) -> "Batch":
-        local = None if self.locals is None else self.locals.to(device, non_blocking=True)
-        masks = self.masks.to(device, non_blocking=True)
-        return Batch(self.globals.to(device, non_blocking=True), local, masks, self.foreground, self.num_rejected)
+        tensors = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One slice of a batch: pixels (1, Y, X), the views drawn of it, and places that its global crops share."""
+
+    image: Tensor
+    views: list[View]
+    points: NDArray[np.float32]
 
 
 class Slices(Dataset[Batch]):
@@ -83,8 +93,8 @@ class Slices(Dataset[Batch]):
         pixels, content = self.store.read_slice(row.key, int(self.slice[index]))
         return normalise_slice(pixels, row.unit, self.contract), content, row.key
 
-    def draw(self, step: int) -> Iterator[tuple[Tensor, list[View]]]:
-        """The slices of a step and the views drawn of each."""
+    def draw(self, step: int) -> Iterator[Drawn]:
+        """The slices of a step and what is drawn of each."""
         spec, run = self.recipe.views, self.recipe.run
         counts = mask_counts(
             spec.num_global * run.batch_size, self.grid[0] * self.grid[1], spec, sample_rng(run.seed + 1, step)
@@ -92,22 +102,25 @@ class Slices(Dataset[Batch]):
         for place in range(run.batch_size):
             sample = step * run.batch_size + place
             image, content, _ = self.read(sample)
-            own = counts[place :: run.batch_size]
-            yield image, sample_views(sample_rng(run.seed, sample), content, spec, self.grid, own)
+            rng = sample_rng(run.seed, sample)
+            views = sample_views(rng, content, spec, self.grid, counts[place :: run.batch_size])
+            points = sample_points(rng, content.grid, views[: spec.num_global], self.recipe.objective.patch_points)
+            yield Drawn(image, views, points)
 
     def __getitem__(self, step: int) -> Batch:
         drawn = list(self.draw(step))
-        crops = [render(image, views, self.contract.resampling) for image, views in drawn]
+        crops = [render(d.image, d.views, self.contract.resampling) for d in drawn]
         num_global, num_views = self.recipe.views.num_global, len(crops[0])
         empty = np.zeros(self.grid, bool)
-        masks = [empty if v[n].mask is None else v[n].mask for n in range(num_global) for _, v in drawn]
-        views = [view for _, v in drawn for view in v]
+        masks = [d.views[n].mask for n in range(num_global) for d in drawn]
+        views = [view for d in drawn for view in d.views]
         return Batch(
             globals=torch.stack([c[n] for n in range(num_global) for c in crops]),
             locals=torch.stack([c[n] for n in range(num_global, num_views) for c in crops])
             if num_views > num_global
             else None,
-            masks=torch.from_numpy(np.stack(masks)).flatten(1),
+            masks=torch.from_numpy(np.stack([empty if m is None else m for m in masks])).flatten(1),
+            points=torch.from_numpy(np.stack([d.points for d in drawn], 1)),
             foreground=float(np.mean([view.foreground for view in views])),
             num_rejected=float(np.mean([len(view.rejected) for view in views])),
         )

@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -27,8 +27,8 @@ from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_s
 from hilum.pretrain.recipe import Recipe
 from hilum.records import explain_full_disk, hash_json, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
+from hilum.terminal import Progress
 
-Progress = Callable[[int, int | None, str], None]
 MAX_BAD_STEPS = 10  # consecutive non-finite losses before giving up
 
 
@@ -89,11 +89,7 @@ def pretrain(
                 log.flush()
                 write_checkpoint(out / "checkpoints", learner, optimiser, finished, recipe_hash)
             if stop.signal and finished < recipe.run.steps:
-                raise Interrupted(
-                    f"stopped by {stop.signal.name} after step {finished} of {recipe.run.steps}; checkpoint written. "
-                    "Run the same command again to go on",
-                    128 + stop.signal,
-                )
+                raise Interrupted(_explain_stop(stop.signal, finished, recipe), 128 + stop.signal)
     facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe_hash, "store_hash": store.hash}
     write_encoder(out / "export", learner.teacher_backbone(), contract, facts)
     record |= {"status": "finished", "contract": contract.hash, "num_slices": len(slices.volume)}
@@ -120,7 +116,7 @@ def _update(
         return None
     lr = set_schedules(optimiser, recipe, step)
     optimiser.zero_grad(set_to_none=True)
-    result.loss.backward()
+    result.loss.backward()  # type: ignore[no-untyped-call]
     norms = clip_gradients(learner.student, recipe.optimiser.clip)
     if not all(bool(torch.isfinite(norm)) for norm in norms.values()):
         return None
@@ -129,12 +125,23 @@ def _update(
     return {"lr": lr, **{f"grad_{name}": float(norm) for name, norm in norms.items()}}
 
 
+def _explain_stop(number: signal.Signals, finished: int, recipe: Recipe) -> str:
+    return (
+        f"stopped by {number.name} after step {finished} of {recipe.run.steps}; checkpoint written. "
+        "Run the same command again to go on"
+    )
+
+
 def _explain_divergence(step: int, learner: Learner) -> str:
     poisoned = [name for name, p in learner.student.named_parameters() if not bool(torch.isfinite(p).all())]
-    cause = f"weights of {poisoned[0]} are non-finite" if poisoned else "the weights are finite, the batch or precision is not"
+    cause = (
+        f"weights of {poisoned[0]} are non-finite"
+        if poisoned
+        else "the weights are finite, the batch or precision is not"
+    )
     return (
-        f"the loss or its gradient was NaN or infinite for {MAX_BAD_STEPS} steps in a row up to step {step} ({cause}). No update was made "
-        "from them. Try --set optimiser.lr= at half its value, or --set run.precision=fp32, in a new folder"
+        f"the loss or its gradient was NaN or infinite for {MAX_BAD_STEPS} steps in a row up to step {step} ({cause}). "
+        "No update was made from them. Try --set optimiser.lr= at half its value, or --set run.precision=fp32, in a new folder"
     )
 
 
@@ -169,9 +176,13 @@ def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> 
         found: dict[str, Any] = read_json(out / "run.json")
         if found.get("recipe_hash") != record["recipe_hash"]:
             changed = differences(found.get("recipe", {}), to_dict(recipe))
-            raise CheckpointError(f"{out} holds a run of another recipe ({'; '.join(changed[:5])}); choose a new folder")
+            raise CheckpointError(
+                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}); choose a new folder"
+            )
         if found.get("store_hash") != store.hash:
-            raise CheckpointError(f"{out} holds a run on another store ({found.get('store_hash')}); choose a new folder")
+            raise CheckpointError(
+                f"{out} holds a run on another store ({found.get('store_hash')}); choose a new folder"
+            )
         return found
     write_json(out / "run.json", record)
     return record
@@ -212,7 +223,7 @@ class _Log:
         kept = [line for line in read_lines(self.path) if line["step"] < self.start]
         with explain_full_disk(self.path):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.file: IO[str] = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+            self.file: IO[str] = open(self.path, "a", encoding="utf-8")
             self.writer = SummaryWriter(str(self.tensorboard), purge_step=self.start)
         return self
 

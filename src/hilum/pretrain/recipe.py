@@ -58,10 +58,14 @@ class ViewSpec:
     def __post_init__(self) -> None:
         if self.num_global < 2:
             raise UsageError(f"views.num_global must be at least 2; found {self.num_global}")
-        for name in ("global_scale", "local_scale", "aspect", "mask_ratio"):
+        if self.max_tries < 1:
+            raise UsageError(f"views.max_tries must be at least 1; found {self.max_tries}")
+        shares = ("global_scale", "local_scale", "mask_ratio")
+        for name in (*shares, "aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UsageError(f"views.{name} must be two rising numbers > 0; found {low}, {high}")
+            if not 0 < low <= high or (name in shares and high > 1):
+                limit = ", at most 1" if name in shares else ""
+                raise UsageError(f"views.{name} must be two rising numbers > 0{limit}; found {low}, {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,8 @@ class Objective:
     regulariser_on       class token after the final norm, where unit scale is in reach, or the head's bottleneck
     sigreg_slices        random directions, redrawn every step
     projector_dim        width of LeJEPA's projection
-    patch_weight         LeJEPA only: weight of predicting masked patches from their unmasked view
+    patch_weight         LeJEPA only: weight of the same objective on patch tokens at places that all global crops show
+    patch_points         places drawn of each slice for it
     """
 
     kind: Literal["dino", "lejepa"] = "dino"
@@ -101,6 +106,7 @@ class Objective:
     sigreg_slices: int = 1024
     projector_dim: int = 32
     patch_weight: float = 0.0
+    patch_points: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)

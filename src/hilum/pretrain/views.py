@@ -122,7 +122,8 @@ def sample_crop(
 
     returns  box, its foreground share, the boxes rejected before
     """
-    best, best_share, rejected = (0.0, 0.0, 1.0, 1.0), -1.0, []
+    best, best_share = (0.0, 0.0, 1.0, 1.0), -1.0
+    rejected: list[Box] = []
     for _ in range(spec.max_tries):
         box = sample_box(rng, scale, spec.aspect)
         share = foreground_share(integral, box)
@@ -153,6 +154,38 @@ def anatomy_in_crop(center: tuple[float, float], box: Box, flip: bool) -> tuple[
     y0, x0, y1, x1 = box
     y, x = (center[0] - y0) / (y1 - y0), (center[1] - x0) / (x1 - x0)
     return y, 1 - x if flip else x
+
+
+def sample_points(
+    rng: np.random.Generator, grid: NDArray[np.float32], views: list[View], count: int
+) -> NDArray[np.float32]:
+    """Places of the anatomy that several crops show, in the coordinates of each crop.
+
+    grid     foreground grid of the slice
+    views    the crops
+    returns  (len(views), count, 2): (y, x) in fractions of each crop; NaN when the crops share no place
+
+    Cells of the foreground grid are drawn by their share of anatomy within the crops' common box, places within a cell
+    uniformly.
+    """
+    boxes = np.array([view.box for view in views])
+    low, high = boxes[:, :2].max(0), boxes[:, 2:].min(0)
+    rows, columns = grid.shape
+    points = np.full((len(views), count, 2), np.nan, np.float32)
+    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    inside = np.outer((y > low[0]) & (y < high[0]), (x > low[1]) & (x < high[1]))
+    weight = (grid * inside).ravel().astype(np.float64)
+    if weight.sum() == 0:
+        return points
+    cells = rng.choice(grid.size, count, p=weight / weight.sum())
+    place = np.stack([cells // columns, cells % columns], 1) + rng.random((count, 2))
+    place = np.clip(place / [rows, columns], low, high)
+    for out, view in zip(points, views):
+        y0, x0, y1, x1 = view.box
+        out[:] = (place - [y0, x0]) / [y1 - y0, x1 - x0]
+        if view.flip:
+            out[:, 1] = 1 - out[:, 1]
+    return points
 
 
 def mask_counts(num_crops: int, num_patches: int, spec: ViewSpec, rng: np.random.Generator) -> list[int]:

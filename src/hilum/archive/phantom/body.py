@@ -181,18 +181,20 @@ class Canvas:
         x, y, z = self.coordinates(box)
         dx, dy = x - center[0], y - center[1]
         c, s = np.cos(np.radians(tilt_deg)), np.sin(np.radians(tilt_deg))
-        radius = ((c * dx + s * dy) / semi[0]) ** 2 + ((c * dy - s * dx) / semi[1]) ** 2 + ((z - center[2]) / semi[2]) ** 2
+        radius = (
+            ((c * dx + s * dy) / semi[0]) ** 2 + ((c * dy - s * dx) / semi[1]) ** 2 + ((z - center[2]) / semi[2]) ** 2
+        )
         return box, radius + np.float32(lobes) * self.wobble[box] < 1
 
-    def tube(self, points: Sequence[Sequence[float]], radii: Sequence[float], bumps: float = 0.0) -> list[
-        tuple[Box, Bools]
-    ]:
+    def tube(
+        self, points: Sequence[Sequence[float]], radii: Sequence[float], bumps: float = 0.0
+    ) -> list[tuple[Box, Bools]]:
         """A chain of rounded segments through points (x, y, z) mm with a radius at each; `bumps` are haustra."""
         pieces = []
         for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:]):
             start, along = np.array(a, np.float32), np.subtract(b, a).astype(np.float32)
             middle, thick = (np.array(a) + np.array(b)) / 2, max(ra, rb) * 1.3
-            box = self.box(middle, np.abs(along) / 2 + thick)
+            box = self.box(middle.tolist(), (np.abs(along) / 2 + thick).tolist())
             x, y, z = self.coordinates(box)
             dx, dy, dz = x - start[0], y - start[1], z - start[2]
             t = np.clip((dx * along[0] + dy * along[1] + dz * along[2]) / float(along @ along), 0, 1)
@@ -202,5 +204,3 @@ class Canvas:
                 radius = radius * (1 + bumps * np.sin(t * np.linalg.norm(along) / 6))
             pieces.append((box, distance < radius**2))
         return pieces
-
-

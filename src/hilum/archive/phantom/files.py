@@ -1,11 +1,11 @@
 """The phantom archive on disk: DICOM series as a hospital would hold them, masks and labels beside.
 
-    scans/<patient>/ct/*.dcm     one CT series; and mr/, a topogram in scout/ (or ct.nii.gz, mr.nii.gz)
-    scans/dose_report.dcm        a secondary capture; scans/broken.dcm, a file cut in the middle (DICOM only)
-    masks/<patient>.nii.gz       organ labels on the grid of both scans; organs.json names them
-    lesions.csv                  malignancy of each patient's lesion region
-    labels.csv                   one row per patient: age, organ volumes, malignancy, survival …
-    series.csv                   one row per series: series_uid, patient_id, modality, mask
+scans/<patient>/ct/*.dcm     one CT series; and mr/, a topogram in scout/ (or ct.nii.gz, mr.nii.gz)
+scans/dose_report.dcm        a secondary capture; scans/broken.dcm, a file cut in the middle (DICOM only)
+masks/<patient>.nii.gz       organ labels on the grid of both scans; organs.json names them
+lesions.csv                  malignancy of each patient's lesion region
+labels.csv                   one row per patient: age, organ volumes, malignancy, survival …
+series.csv                   one row per series: series_uid, patient_id, modality, mask
 """
 
 import csv
@@ -94,7 +94,11 @@ def write_phantom(
     _write_csv(out / "lesions.csv", [{n: r[n] for n in ("patient_id", "malignant")} | lesion for r in labels])
     _write_csv(out / "series.csv", series)
     write_text(out / "organs.json", json.dumps(dict(enumerate(ORGANS)), indent=2) + "\n")
-    return {"num_patients": num_patients, "num_series": len(series), "num_files": sum(p.is_file() for p in out.rglob("*"))}
+    return {
+        "num_patients": num_patients,
+        "num_series": len(series),
+        "num_files": sum(p.is_file() for p in out.rglob("*")),
+    }
 
 
 def _write_patient(

@@ -63,7 +63,9 @@ def _paint_skeleton(canvas: Canvas) -> None:
     level = np.mod(z, 27.0)
     body = (x / 22) ** 2 + ((y - 72) / 18) ** 2
     vertebra = (body < 1) & (level < 21)
-    arch = ((np.abs(x) < 5) & (y > 105) & (y < 128) & (level < 14)) | ((np.abs(y - 100) < 5) & (np.abs(x) < 34) & (level < 9))
+    arch = ((np.abs(x) < 5) & (y > 105) & (y < 128) & (level < 14)) | (
+        (np.abs(y - 100) < 5) & (np.abs(x) < 34) & (level < 9)
+    )
     canvas.paint(box, (body < 1) & (level >= 21), "disc", "spine")
     canvas.paint(box, vertebra, "cortical_bone", "spine")
     canvas.paint(box, vertebra & (body < 0.8) & (level > 1.5) & (level < 19.5), "spongy_bone", "spine")
@@ -181,12 +183,13 @@ def _paint_great_vessels(canvas: Canvas, patient: Patient, rng: np.random.Genera
     radius = patient.organ_scale["aorta"] * (9.5 + 0.06 * patient.age_years)
     arch = ((8, -22, 98), (2, -22, 128), (10, 4, 142), (16, 36, 130), (15, 46, 60), (8, 42, -30), (2, 44, -98))
     branches = ((2, 44, -98), (-30, 34, -145)), ((2, 44, -98), (34, 34, -145))
-    plaques = rng.random(canvas.wobble.shape[0]) < max(patient.age_years - 50, 0) / 60
+    share = max(patient.age_years - 50, 0) / 60
+    plaques = np.asarray(rng.random(canvas.wobble.shape[0]) < share)[:, None, None]
     for points, size in ((arch, radius), (branches[0], radius * 0.6), (branches[1], radius * 0.6)):
         sizes = [size] * len(points)
         for box, mask in canvas.tube(points, sizes):
             canvas.paint(box, mask, "muscle", "aorta")
-            bright = mask & plaques[box[0], None, None] & (canvas.wobble[box] > 0.9)
+            bright = mask & plaques[box[0]] & (canvas.wobble[box] > 0.9)
             canvas.paint(box, bright, "cortical_bone", "aorta")
         for box, mask in canvas.tube(points, [s - 2.0 for s in sizes]):
             canvas.paint(box, mask, "blood", "aorta")
@@ -220,7 +223,9 @@ def _paint_lesions(canvas: Canvas, patient: Patient, rng: np.random.Generator) -
         if patient.malignant:
             lumps = smooth_field(rng, mask.shape, (4, 4, 4))
             x, y, z = canvas.coordinates(box)
-            radius = ((x - center[0]) / semi[0]) ** 2 + ((y - center[1]) / semi[1]) ** 2 + ((z - center[2]) / semi[2]) ** 2
+            radius = (
+                ((x - center[0]) / semi[0]) ** 2 + ((y - center[1]) / semi[1]) ** 2 + ((z - center[2]) / semi[2]) ** 2
+            )
             mask = radius + 0.35 * lumps < 1
         inside = mask & np.isin(canvas.organ[box], (ORGAN["liver"], ORGAN["lesion"]))
         canvas.paint(box, inside, "lesion_rough" if patient.malignant else "lesion", "lesion")

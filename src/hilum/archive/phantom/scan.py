@@ -40,12 +40,16 @@ def make_anatomy(patient: Patient, num_slices: int = 96, matrix: int = 256) -> A
     half_width = 168 * patient.scale * (0.94 + 0.08 * patient.girth)
     spacing = np.array([LENGTH_MM * patient.scale / num_slices, *[2 * half_width * 1.06 / matrix] * 2])
     shape = (num_slices, matrix, matrix)
-    origin = np.array([-spacing[2] * (matrix - 1) / 2, -spacing[1] * (matrix - 1) / 2, -spacing[0] * (num_slices - 1) / 2])
+    origin = np.array(
+        [-spacing[2] * (matrix - 1) / 2, -spacing[1] * (matrix - 1) / 2, -spacing[0] * (num_slices - 1) / 2]
+    )
     affine = np.eye(4)
     affine[:3, :3] = [[0, 0, spacing[2]], [0, spacing[1], 0], [spacing[0], 0, 0]]
     affine[:3, 3] = origin
     # Shapes are painted in the coordinates of an average body: the scale of this one is divided out.
-    lines = [((origin[2 - a] + spacing[a] * np.arange(n)) / patient.scale).astype(np.float32) for a, n in enumerate(shape)]
+    lines = [
+        ((origin[2 - a] + spacing[a] * np.arange(n)) / patient.scale).astype(np.float32) for a, n in enumerate(shape)
+    ]
     canvas = Canvas(
         z=lines[0][:, None, None],
         y=lines[1][None, :, None],
@@ -131,7 +135,9 @@ def scan_mr(anatomy: Anatomy) -> Volume:
     """
     patient, scanner = anatomy.patient, MR_SCANNERS[anatomy.patient.mr_scanner]
     rng = np.random.default_rng([patient.seed, 2])
-    signal = [t.pd * (1 - np.exp(-scanner.tr_ms / t.t1_ms)) * np.exp(-scanner.te_ms / t.t2_ms) for t in TISSUES.values()]
+    signal = [
+        t.pd * (1 - np.exp(-scanner.tr_ms / t.t1_ms)) * np.exp(-scanner.te_ms / t.t2_ms) for t in TISSUES.values()
+    ]
     signal = [s / max(signal) for s in signal]
     image = _values(anatomy, signal, [s * min(t.texture, 0.3) for s, t in zip(signal, TISSUES.values())])
     shading = smooth_field(rng, image.shape, (2, 2, 2))
@@ -160,7 +166,9 @@ def survival(patient: Patient, lesion_volume_ml: float) -> tuple[float, bool, fl
     returns  days, whether death was seen, hazard per year
     """
     rng = np.random.default_rng([patient.seed, 3])
-    log_hazard = 1.3 * patient.malignant + 0.5 * np.log(max(lesion_volume_ml, 0.1) / 10) + 0.03 * (patient.age_years - 60)
+    log_hazard = (
+        1.3 * patient.malignant + 0.5 * np.log(max(lesion_volume_ml, 0.1) / 10) + 0.03 * (patient.age_years - 60)
+    )
     hazard = 0.12 * float(np.exp(log_hazard))
     death, censored = rng.exponential(1 / hazard), rng.uniform(0.5, 6.0)
     return 365.25 * float(min(death, censored)), bool(death <= censored), hazard

@@ -1,0 +1,95 @@
+"""What every encoder must do. A new encoder is tested by one line in ENCODERS."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from hilum.encode.contract import Contract, prepare_slice
+from hilum.encode.encoder import Encoder, PixelEncoder, ViTEncoder, pool
+from hilum.encode.vit import ViT, ViTConfig
+
+
+def make_vit(**changes: object) -> ViTEncoder:
+    torch.manual_seed(5)
+    settings: dict = {"size": "nano", "patch": (8, 8), "image": (32, 32), **changes}
+    return ViTEncoder(ViT(ViTConfig(**settings)), Contract(size_px=48), "test")
+
+
+ENCODERS: dict[str, Callable[[], Encoder]] = {
+    "pixels": PixelEncoder,
+    "vit, learned positions": make_vit,
+    "vit, rotary positions": lambda: make_vit(positions="rotary", num_registers=2),
+    "vit, drop path in training": lambda: make_vit(drop_path=0.5, layer_scale=0.0),
+}
+
+
+@pytest.fixture(params=ENCODERS, ids=list(ENCODERS))
+def encoder(request) -> Encoder:
+    return ENCODERS[request.param]()
+
+
+@pytest.fixture
+def images(encoder) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    slices = [rng.normal(0, 300, (60, 50)).astype(np.float32) for _ in range(5)]
+    return torch.stack([prepare_slice(s, "CT", "HU", encoder.contract) for s in slices])
+
+
+def test_shapes(encoder, images):
+    tokens = encoder.encode(images)
+    rows, columns = encoder.grid
+    assert tokens.cls.shape[0] == tokens.patches.shape[0] == tokens.registers.shape[0] == 5
+    assert tokens.patches.shape[1] == rows * columns
+    assert images.shape[1:] == (1, encoder.contract.size_px, encoder.contract.size_px)
+    for part in tokens:
+        assert part.dtype == torch.float32
+        assert part.device.type == "cpu"
+        assert not part.requires_grad
+        assert torch.isfinite(part).all()
+    assert pool(tokens, encoder.contract.pooling).shape[0] == 5
+
+
+def test_an_image_alone_is_encoded_as_in_a_batch(encoder, images):
+    together = encoder.encode(images)
+    for n in (0, 4):
+        alone = encoder.encode(images[n : n + 1])
+        for a, b in zip(alone, together):
+            torch.testing.assert_close(a[0], b[n], atol=1e-5, rtol=1e-5)
+
+
+def test_order_of_the_batch_does_not_matter(encoder, images):
+    order = torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(
+        encoder.encode(images[order]).cls, encoder.encode(images).cls[order], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_twice_the_same(encoder, images):
+    before = images.clone()
+    for a, b in zip(encoder.encode(images), encoder.encode(images)):
+        assert torch.equal(a, b)
+    assert torch.equal(images, before)
+
+
+def test_different_images_differ(encoder, images):
+    vectors = pool(encoder.encode(images), encoder.contract.pooling)
+    assert torch.pdist(vectors).min() > 1e-4
+
+
+def test_patches_lie_row_by_row(encoder):
+    """A bright square in one corner changes that corner's patch token more than the opposite one's."""
+    size, (rows, columns) = encoder.contract.size_px, encoder.grid
+    plain = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(1)) * 0.1
+    marked = plain.clone()
+    marked[..., : size // rows, size - size // columns :] += 3  # first row, last column
+    change = (encoder.encode(marked).patches - encoder.encode(plain).patches)[0].norm(dim=1).view(rows, columns)
+    assert change.argmax() == columns - 1
+
+
+def test_contract_and_name_are_stable(encoder):
+    again = next(make for make in ENCODERS.values() if type(make()) is type(encoder))()
+    assert encoder.contract.hash == again.contract.hash
+    assert len(encoder.contract.hash) == 16
+    assert encoder.name

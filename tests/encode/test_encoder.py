@@ -1,0 +1,180 @@
+"""Export and load, damage, baselines and pooling."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hilum.encode.contract import Contract
+from hilum.encode.encoder import PixelEncoder, pool, read_encoder, read_model_config
+from hilum.encode.vit import Tokens
+from hilum.encode.zoo import load_encoder
+from hilum.errors import ContractError, HilumError, InputError, UsageError
+
+
+def some_images(size: int = 32, num: int = 2) -> torch.Tensor:
+    return torch.randn(num, 1, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# ---- export and load
+
+
+def test_a_loaded_encoder_gives_the_same_bits(export, vit):
+    encoder = read_encoder(export)
+    with torch.inference_mode():
+        wanted = vit(some_images())
+    for a, b in zip(encoder.encode(some_images()), wanted):
+        assert torch.equal(a, b)
+    assert encoder.contract == Contract(size_px=32)
+    assert encoder.name == "test@7"
+    assert encoder.grid == (4, 4)
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_the_export_says_what_it_is(export):
+    config, contract = read_model_config(export)
+    assert (config.size, config.patch, contract.size_px) == ("nano", (8, 8), 32)
+    card = (export / "README.md").read_text()
+    assert contract.hash in card
+    assert "Research use only" in card
+    record = json.loads((export / "config.json").read_text())
+    assert record["step"] == 7
+    assert record["versions"]["torch"]
+
+
+def test_export_leaves_no_temporary_files(export):
+    assert sorted(os.listdir(export)) == ["README.md", "config.json", "contract.json", "model.safetensors"]
+
+
+# ---- damage
+
+
+def change_weights(folder, change) -> None:
+    state = load_file(folder / "model.safetensors")
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def test_a_cut_weights_file(export):
+    path = export / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ContractError, match=r"model\.safetensors cannot be read as safetensors"):
+        read_encoder(export)
+
+
+def test_an_absent_weights_file(export):
+    (export / "model.safetensors").unlink()
+    with pytest.raises(ContractError, match=r"model\.safetensors cannot be read as safetensors"):
+        read_encoder(export)
+
+
+def test_a_missing_tensor(export):
+    change_weights(export, lambda state: state.pop("norm.bias"))
+    with pytest.raises(
+        ContractError, match=r"1 of \d+ tensors do not fit the config \(norm\.bias: expected \(96,\), found None"
+    ):
+        read_encoder(export)
+
+
+def test_a_tensor_of_another_shape(export):
+    change_weights(export, lambda state: state.update({"cls_token": torch.zeros(1, 1, 95)}))
+    with pytest.raises(ContractError, match=r"cls_token: expected \(1, 1, 96\), found \(1, 1, 95\)"):
+        read_encoder(export)
+
+
+def test_a_tensor_too_many(export):
+    change_weights(export, lambda state: state.update({"extra": torch.zeros(2)}))
+    with pytest.raises(ContractError, match=r"extra: expected None, found \(2,\)"):
+        read_encoder(export)
+
+
+def test_another_version(export):
+    record = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**record, "version": 2}))
+    with pytest.raises(ContractError, match="hilum-encoder version 2; this hilum reads hilum-encoder version 1"):
+        read_encoder(export)
+
+
+def test_unknown_settings_in_the_config(export):
+    record = json.loads((export / "config.json").read_text())
+    record["vit"]["window"] = 7
+    (export / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match=r"unknown setting window"):
+        read_encoder(export)
+
+
+def test_a_config_without_its_parts(export):
+    """Foreign or half-written files end in an error of ours, not in a KeyError."""
+    (export / "config.json").write_text(json.dumps({"format": "hilum-encoder", "version": 1}))
+    with pytest.raises(HilumError, match=r"config\.json"):
+        read_encoder(export)
+    (export / "config.json").write_text("[1, 2]")
+    with pytest.raises(HilumError, match=r"config\.json"):
+        read_encoder(export)
+    (export / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json cannot be read as JSON"):
+        read_encoder(export)
+
+
+def test_a_folder_that_is_no_encoder(tmp_path):
+    with pytest.raises(UsageError, match="is no encoder; expected a folder with config.json"):
+        load_encoder(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    for name in (str(tmp_path / "file"), str(tmp_path / "absent"), "dinov9"):
+        with pytest.raises(UsageError, match=r"no encoder '.*'; expected a folder .* or one of: pixels, random:FOLDER"):
+            load_encoder(name)
+
+
+# ---- baselines
+
+
+def test_random_weights_follow_the_seed_and_leave_global_randomness_alone(export):
+    state = torch.random.get_rng_state()
+    outs = [load_encoder(f"random:{export}", seed=s).encode(some_images()).cls for s in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    trained = read_encoder(export)
+    assert not torch.equal(trained.encode(some_images()).cls, outs[0])
+    random = load_encoder(f"random:{export}")
+    assert random.name == "random-nano"
+    assert random.contract == trained.contract
+
+
+def test_pixel_tokens_are_windows_of_the_slice():
+    """Class token: means of 4×4 pixels. Patch token: the 64×64 window around the patch, edges repeated, at 16×16."""
+    encoder = PixelEncoder()
+    x = some_images(128)
+    tokens = encoder.encode(x)
+    assert encoder.grid == (8, 8)
+    torch.testing.assert_close(tokens.cls[0].view(32, 32), x[0, 0].view(32, 4, 32, 4).mean((1, 3)))
+    for n in (0, 7, 27, 63):
+        row, column = divmod(n, 8)
+        rows = (torch.arange(16 * row - 24, 16 * row + 40)).clamp(0, 127)
+        columns = (torch.arange(16 * column - 24, 16 * column + 40)).clamp(0, 127)
+        window = x[0, 0][rows][:, columns].view(16, 4, 16, 4).mean((1, 3))
+        torch.testing.assert_close(tokens.patches[0, n].view(16, 16), window, atol=1e-5, rtol=1e-5)
+
+
+# ---- pooling
+
+
+def test_pooling():
+    tokens = Tokens(torch.randn(3, 4), torch.zeros(3, 0, 4), torch.randn(3, 6, 4))
+    mean = torch.stack([sum(p) / 6 for p in tokens.patches])
+    torch.testing.assert_close(pool(tokens, "class"), tokens.cls)
+    torch.testing.assert_close(pool(tokens, "mean"), mean)
+    torch.testing.assert_close(pool(tokens, "class+mean"), torch.cat([tokens.cls, mean], 1))
+
+
+def test_a_region_is_the_weighted_mean_of_its_patches():
+    tokens = Tokens(torch.randn(2, 4), torch.zeros(2, 0, 4), torch.randn(2, 3, 4))
+    weights = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.2, 0.0]])
+    found = pool(tokens, "class+mean", weights)
+    torch.testing.assert_close(found[0], (tokens.patches[0, 0] + 0.5 * tokens.patches[0, 2]) / 1.5)
+    torch.testing.assert_close(found[1], tokens.patches[1, 1])
+    with pytest.raises(ContractError, match="a region covers no patch"):
+        pool(tokens, "mean", torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))

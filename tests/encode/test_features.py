@@ -1,0 +1,224 @@
+"""From scans to rows: which slices, which regions, which numbers."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hilum.encode.contract import Contract, prepare_slice
+from hilum.encode.encoder import PixelEncoder
+from hilum.encode.features import (
+    Scan,
+    check_same_grid,
+    chosen_slices,
+    encode_items,
+    feature_rows,
+    largest_slices,
+    make_items,
+    region_weights,
+    write_rows,
+)
+from hilum.encode.vit import Tokens
+from hilum.errors import ContractError, ScanRefused
+from hilum.volume import Volume
+
+
+def make_scan(name: str = "s1", shape=(6, 20, 30), seed: int = 0, mask: np.ndarray | None = None) -> Scan:
+    rng = np.random.default_rng(seed)
+    affine = np.array([[0, 0, 1.0, 5], [0, 2.0, 0, 6], [3.0, 0, 0, 7], [0, 0, 0, 1]])
+    vol = Volume(voxels=rng.normal(0, 300, shape).astype(np.int16), affine=affine, modality="CT", unit="HU")
+    labels = None if mask is None else Volume(voxels=mask, affine=affine, modality="OT", kind="label")
+    return Scan(series=name, patient="p", study="t", volume=vol, mask=labels)
+
+
+@pytest.fixture
+def encoder() -> PixelEncoder:
+    return PixelEncoder()
+
+
+# ---- what is encoded
+
+
+def test_slices_are_all_or_the_middles_of_equal_parts():
+    assert chosen_slices(5, None) == chosen_slices(5, 5) == chosen_slices(5, 9) == [0, 1, 2, 3, 4]
+    assert chosen_slices(10, 2) == [2, 7]
+    assert chosen_slices(9, 3) == [1, 4, 7]
+    assert chosen_slices(7, 1) == [3]
+    for num in (17, 100):
+        for wanted in range(1, num):
+            found = chosen_slices(num, wanted)
+            assert len(set(found)) == wanted
+            assert found[0] >= 0
+            assert found[-1] < num
+
+
+def test_items_of_a_scan_are_its_prepared_slices(encoder):
+    scan = make_scan()
+    items = list(make_items(scan, encoder, "slice", 2))
+    assert [i.slice for i in items] == chosen_slices(6, 2)
+    for item in items:
+        pixels = scan.volume.voxels[item.slice].astype(np.float32)
+        assert torch.equal(item.image, prepare_slice(pixels, "CT", "HU", encoder.contract))
+        assert item.weights is None
+        assert item.region is None
+
+
+def test_largest_slices_equal_a_loop():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 0, 0, 1, 2, 5], (7, 6, 6)).astype(np.uint8)
+    labels[:, :, :3] = 0
+    wanted = {}
+    for label in range(1, 6):
+        areas = [int((s == label).sum()) for s in labels]
+        if max(areas):
+            wanted[label] = areas.index(max(areas))
+    assert largest_slices(labels) == wanted
+    assert 3 not in wanted
+    assert largest_slices(np.zeros((3, 4, 4), np.int16)) == {}
+
+
+def test_the_first_of_equal_slices_is_taken():
+    labels = np.zeros((4, 3, 3), np.uint8)
+    labels[1, 0, 0] = labels[2, 1, 1] = 4
+    assert largest_slices(labels) == {4: 1}
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((16, 16), (4, 4)), ((20, 30), (4, 5)), ((18, 25), (4, 4)), ((3, 5), (4, 8))])
+def test_region_weights_are_shares_of_area(shape, grid):
+    """Every pixel counts with the share of it that overlaps a patch, to within whole pixels when sizes do not divide."""
+    mask = np.random.default_rng(0).random(shape) < 0.3
+    found = region_weights(mask, grid).reshape(grid).numpy()
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            rows = slice(int(np.floor(r * shape[0] / grid[0])), int(np.ceil((r + 1) * shape[0] / grid[0])))
+            columns = slice(int(np.floor(c * shape[1] / grid[1])), int(np.ceil((c + 1) * shape[1] / grid[1])))
+            assert found[r, c] == pytest.approx(mask[rows, columns].mean(), abs=1e-6)
+
+
+def test_a_region_of_one_pixel_still_has_a_patch():
+    mask = np.zeros((40, 40), bool)
+    mask[39, 0] = True
+    weights = region_weights(mask, (4, 4)).reshape(4, 4)
+    assert weights[3, 0] == pytest.approx(1 / 100)
+    assert int((weights > 0).sum()) == 1
+
+
+def test_items_of_regions(encoder):
+    labels = np.zeros((6, 20, 30), np.uint8)
+    labels[1, :4, :4], labels[2, :10, :10], labels[4, 15:, 20:] = 3, 3, 7
+    items = list(make_items(make_scan(mask=labels), encoder, "region", None))
+    assert [(i.region, i.slice) for i in items] == [(3, 2), (7, 4)]
+    for item in items:
+        assert item.weights is not None
+        assert torch.equal(item.weights, region_weights(labels[item.slice] == item.region, encoder.grid))
+    with pytest.raises(ContractError, match="needs a mask for every scan"):
+        list(make_items(make_scan(), encoder, "region", None))
+
+
+# ---- masks on the grid of their scan
+
+
+def test_masks_off_the_grid_are_refused():
+    scan = make_scan(mask=np.ones((6, 20, 30), np.uint8))
+    assert scan.mask is not None
+    check_same_grid(scan.volume, scan.mask)
+    assert scan.mask.affine is not None
+    shifted = scan.mask.affine.copy()
+    shifted[0, 3] += 0.4  # within half the smallest spacing
+    check_same_grid(scan.volume, replace(scan.mask, affine=shifted))
+    shifted[0, 3] += 0.2
+    with pytest.raises(ContractError, match=r"mask and scan lie 0\.6 mm apart"):
+        check_same_grid(scan.volume, replace(scan.mask, affine=shifted))
+    flipped = scan.mask.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 29], [0, 0, 0, 1.0]])
+    with pytest.raises(ContractError, match=r"lie 29\.0 mm apart"):
+        check_same_grid(scan.volume, replace(scan.mask, affine=flipped))
+    with pytest.raises(ContractError, match=r"shape \(6, 20, 29\), its scan \(6, 20, 30\)"):
+        check_same_grid(scan.volume, replace(scan.mask, voxels=scan.mask.voxels[..., :29]))
+    check_same_grid(scan.volume, replace(scan.mask, affine=None))
+
+
+# ---- rows
+
+
+def test_vectors_come_in_order_whatever_the_batch(encoder):
+    items = list(make_items(make_scan(), encoder, "slice", None))
+    one, four = (list(encode_items(encoder, items, n)) for n in (1, 4))
+    assert [i.slice for i, _ in one] == [i.slice for i, _ in four] == list(range(6))
+    for (_, a), (_, b), item in zip(one, four, items):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        np.testing.assert_allclose(a, encoder.encode(item.image[None]).cls[0].numpy(), atol=1e-6)
+
+
+def test_a_volume_is_the_mean_of_its_slices(encoder):
+    scans = [make_scan("a"), make_scan("b", (1, 9, 9), seed=1), make_scan("c", (4, 10, 12), seed=2)]
+    slices = list(feature_rows(encoder, scans, "slice", None, 4))
+    volumes = list(feature_rows(encoder, scans, "volume", None, 4))
+    assert [v["item"] for v in volumes] == ["a", "b", "c"]
+    for row in volumes:
+        own = [s["vector"] for s in slices if s["series"] == row["series"]]
+        np.testing.assert_allclose(row["vector"], np.mean(own, 0), atol=1e-6)
+        assert row["slice"] is None
+        assert row["level"] == "volume"
+
+
+def test_rows_say_what_they_are(encoder):
+    labels = np.zeros((6, 20, 30), np.uint8)
+    labels[2, :10, :10] = 3
+    scan = make_scan(mask=labels)
+    region = next(iter(feature_rows(encoder, [scan], "region", None, 4)))
+    assert region["item"] == "s1/2/3"
+    assert (region["slice"], region["region"], region["modality"], region["patient"]) == (2, 3, "CT", "p")
+    assert region["contract"] == encoder.contract.hash
+    tokens = encoder.encode(prepare_slice(scan.volume.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
+    weights = region_weights(labels[2] == 3, encoder.grid)
+    wanted = (weights[:, None] * tokens.patches[0]).sum(0) / weights.sum()
+    np.testing.assert_allclose(region["vector"], wanted.numpy(), atol=1e-5)
+    assert [r["item"] for r in feature_rows(encoder, [make_scan()], "slice", 2, 4)] == ["s1/1", "s1/4"]
+
+
+class Broken:
+    name, contract, grid = "broken", Contract(size_px=32, pooling="class"), (4, 4)
+
+    def encode(self, images: torch.Tensor) -> Tokens:
+        cls = torch.full((len(images), 3), torch.nan)
+        return Tokens(cls, cls[:, None], cls[:, None].expand(-1, 16, -1))
+
+
+def test_features_that_are_not_numbers_are_refused():
+    with pytest.raises(ContractError, match="NaN or infinite features"):
+        list(feature_rows(Broken(), [make_scan()], "slice", None, 4))
+
+
+# ---- writing
+
+
+def test_rows_are_written_as_they_come(encoder, tmp_path):
+    """No more than a row group is drawn ahead of what is on disk."""
+    drawn = []
+
+    def rows():
+        for row in feature_rows(encoder, [make_scan()], "slice", None, 2):
+            drawn.append(row)
+            yield row
+
+    path = tmp_path / "f.parquet"
+    assert write_rows(path, rows(), {b"hilum": b"{}"}, row_group=4) == 6
+    file = pq.ParquetFile(path)
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [4, 2]
+    table = file.read()
+    assert table.schema.metadata == {b"hilum": b"{}"}
+    wanted = np.stack([r["vector"] for r in drawn])
+    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), wanted)
+    assert table["slice"].to_pylist() == list(range(6))
+    assert table["region"].to_pylist() == [None] * 6
+    assert table["item"].to_pylist()[5] == "s1/5"
+
+
+def test_nothing_to_write_is_refused(tmp_path):
+    nothing: Any = iter(())
+    with pytest.raises(ScanRefused, match="nothing_to_encode"):
+        write_rows(tmp_path / "f.parquet", nothing, {})
+    assert not (tmp_path / "f.parquet").exists()

@@ -1,0 +1,249 @@
+"""Draws: exact counts, exact shares, and where masks and crops fall."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hilum.archive.content import SliceContent
+from hilum.errors import UsageError
+from hilum.pretrain.recipe import ViewSpec
+from hilum.pretrain.views import (
+    anatomy_in_crop,
+    foreground_share,
+    integrate,
+    mask_counts,
+    sample_block_mask,
+    sample_box,
+    sample_crop,
+    sample_rng,
+    sample_views,
+)
+
+SPEC = ViewSpec(global_px=128, local_px=48)
+GRID = (8, 8)
+
+
+def make_content(box: tuple[float, float, float, float] = (0.2, 0.3, 0.9, 0.8), cells: int = 32) -> SliceContent:
+    """Anatomy that fills a box (fractions) of the slice."""
+    at = (np.arange(cells) + 0.5) / cells
+    y0, x0, y1, x1 = box
+    grid = ((at[:, None] > y0) & (at[:, None] < y1) & (at > x0) & (at < x1)).astype(np.float32)
+    return SliceContent(
+        grid=grid, foreground=float(grid.mean()), center=((y0 + y1) / 2, (x0 + x1) / 2), spread=(0.2, 0.2)
+    )
+
+
+# ---- how many patches are hidden
+
+
+@pytest.mark.parametrize(
+    ("num_crops", "num_patches", "wanted"), [(128, 256, 4941), (128, 1024, 19840), (96, 256, 3715), (96, 1024, 14928)]
+)
+def test_mask_counts_of_dinov3(num_crops, num_patches, wanted):
+    """facts/ssl.md §8.3."""
+    for step in range(3):
+        counts = mask_counts(num_crops, num_patches, SPEC, sample_rng(0, step))
+        assert sum(counts) == wanted
+        assert sum(c == 0 for c in counts) == num_crops // 2
+        assert max(counts) == num_patches // 2
+    assert mask_counts(num_crops, num_patches, SPEC, sample_rng(0, 0)) != counts  # shuffled anew each step
+
+
+def test_mask_counts_are_the_upper_edges_of_the_strata():
+    spec = replace(SPEC, mask_probability=1.0, mask_ratio=(0.2, 0.6))
+    assert sorted(mask_counts(4, 100, spec, sample_rng(0, 0))) == [30, 40, 50, 60]
+    assert mask_counts(4, 100, replace(SPEC, mask_probability=0.0), sample_rng(0, 0)) == [0] * 4
+
+
+@pytest.mark.parametrize("center", [None, (0.5, 0.5), (1.8, -0.7)])
+def test_masks_hide_exactly_what_was_asked(center):
+    rng = np.random.default_rng(0)
+    for grid in ((8, 8), (6, 4), (1, 5)):
+        for count in range(grid[0] * grid[1] + 1):
+            mask = sample_block_mask(rng, grid, count, center)
+            assert mask.shape == grid
+            assert mask.dtype == bool
+            assert int(mask.sum()) == count
+    with pytest.raises(ValueError, match="cannot hide 65 of 64"):
+        sample_block_mask(rng, (8, 8), 65)
+
+
+def test_masks_come_in_blocks():
+    """Hidden patches have more hidden neighbours than scattered ones would."""
+    rng = np.random.default_rng(0)
+    alike = []
+    for _ in range(40):
+        mask = sample_block_mask(rng, (16, 16), 64)
+        alike.append((mask[1:] == mask[:-1]).mean())
+    assert np.mean(alike) > 0.8  # a scatter of a quarter gives .625
+
+
+# ---- where masks fall
+
+
+def mean_place(masks: list[np.ndarray]) -> tuple[float, float]:
+    total = np.sum(masks, 0).astype(float)
+    at = [(np.arange(n) + 0.5) / n for n in total.shape]
+    return float(total.sum(1) @ at[0] / total.sum()), float(total.sum(0) @ at[1] / total.sum())
+
+
+def test_uniform_masks_are_centred_and_guided_ones_follow_the_anatomy():
+    rng = np.random.default_rng(0)
+    uniform = mean_place([sample_block_mask(rng, (16, 16), 40) for _ in range(150)])
+    assert uniform == pytest.approx((0.5, 0.5), abs=0.04)
+    places = {
+        c: mean_place([sample_block_mask(rng, (16, 16), 40, c) for _ in range(150)])
+        for c in ((0.5, 0.5), (0.3, 0.7), (0.3, 0.2))
+    }
+    assert places[0.5, 0.5] == pytest.approx((0.5, 0.5), abs=0.04)
+    assert places[0.3, 0.7][0] < 0.42
+    assert places[0.3, 0.7][1] > 0.58
+    assert places[0.3, 0.2][1] < 0.38
+    tight = mean_place([sample_block_mask(rng, (16, 16), 40, (0.3, 0.7), sigma=0.05) for _ in range(50)])
+    assert tight == pytest.approx((0.3, 0.7), abs=0.05)
+
+
+def test_the_anatomy_is_shifted_with_the_crop_and_mirrored_with_it():
+    assert anatomy_in_crop((0.5, 0.25), (0.0, 0.0, 1.0, 1.0), False) == (0.5, 0.25)
+    assert anatomy_in_crop((0.5, 0.25), (0.0, 0.0, 1.0, 1.0), True) == (0.5, 0.75)
+    assert anatomy_in_crop((0.5, 0.25), (0.25, 0.0, 0.75, 0.5), False) == pytest.approx((0.5, 0.5))
+    assert anatomy_in_crop((0.5, 0.25), (0.5, 0.5, 1.0, 1.0), False) == pytest.approx((0.0, -0.5))  # outside
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_guided_masks_fall_where_the_anatomy_is_in_the_crop(flip):
+    """Crop by crop, the mean masked place correlates with the anatomy's place in that crop, in both axes."""
+    content = make_content((0.1, 0.1, 0.4, 0.4))
+    spec = replace(SPEC, num_local=0, flip=flip, global_scale=(0.3, 0.5), mask_sigma=0.1, min_crop_foreground=0.0)
+    wanted, found = [], []
+    for sample in range(120):
+        for view in sample_views(sample_rng(0, sample), content, spec, (16, 16), [20, 20]):
+            y0, x0, y1, x1 = view.box
+            y, x = (0.25 - y0) / (y1 - y0), (0.25 - x0) / (x1 - x0)
+            wanted.append((y, 1 - x if flip else x))
+            assert view.mask is not None
+            found.append(mean_place([view.mask]))
+    wanted_at, found_at = np.clip(wanted, 0.15, 0.85), np.array(found)
+    for axis in (0, 1):
+        assert np.corrcoef(wanted_at[:, axis], found_at[:, axis])[0, 1] > 0.7
+    uniform = [
+        mean_place([v.mask])
+        for s in range(60)
+        for v in sample_views(sample_rng(0, s), content, replace(spec, mask_prior="uniform"), (16, 16), [20, 20])
+        if v.mask is not None
+    ]
+    assert np.mean(uniform, 0) == pytest.approx((0.5, 0.5), abs=0.06)
+
+
+# ---- crops
+
+
+def test_foreground_share_equals_a_fine_sum():
+    rng = np.random.default_rng(0)
+    grid = rng.random((7, 5)).astype(np.float32)
+    integral = integrate(grid)
+    fine = np.kron(grid, np.ones((60, 84)))  # 420 × 420
+    for _ in range(20):
+        (a, b), (c, d) = (np.sort(rng.choice(421, 2, replace=False)) for _ in range(2))
+        share = foreground_share(integral, (a / 420, c / 420, b / 420, d / 420))
+        assert share == pytest.approx(fine[a:b, c:d].mean(), abs=1e-9)
+    assert foreground_share(integral, (0.0, 0.0, 1.0, 1.0)) == pytest.approx(grid.mean())
+
+
+def test_boxes_have_the_area_and_shape_asked_for():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        y0, x0, y1, x1 = sample_box(rng, (0.05, 0.32), (0.75, 4 / 3))
+        assert 0 <= y0 < y1 <= 1
+        assert 0 <= x0 < x1 <= 1
+        assert 0.05 - 1e-9 <= (y1 - y0) * (x1 - x0) <= 0.32 + 1e-9
+        assert 0.75 - 1e-9 <= (x1 - x0) / (y1 - y0) <= 4 / 3 + 1e-9
+    whole = sample_box(rng, (1.0, 1.0), (1.2, 4 / 3))  # no such shape fits: the largest square is taken
+    assert whole == pytest.approx((0, 0, 1, 1))
+
+
+def test_crops_hold_enough_anatomy_when_a_draw_can():
+    """A third of the slice is anatomy: with twenty draws next to no crop is left with less than 30 %."""
+    content = make_content((0.2, 0.2, 0.8, 0.8))
+    too_little = 0
+    for sample in range(100):
+        for view in sample_views(sample_rng(1, sample), content, SPEC, GRID, [0, 0]):
+            assert view.foreground == pytest.approx(foreground_share(integrate(content.grid), view.box))
+            too_little += view.foreground < 0.3
+            for box in view.rejected:
+                assert foreground_share(integrate(content.grid), box) < 0.3
+    assert too_little == 0
+
+
+def test_the_best_draw_is_taken_when_none_is_good():
+    content = make_content((0.45, 0.45, 0.55, 0.55))
+    integral = integrate(content.grid)
+    spec = replace(SPEC, max_tries=7)
+    box, share, rejected = sample_crop(np.random.default_rng(0), integral, (0.3, 0.4), spec)
+    assert len(rejected) == 6
+    assert share < 0.3
+    assert share >= max(foreground_share(integral, b) for b in rejected)
+    assert share == foreground_share(integral, box)
+
+
+def test_rejection_is_off_at_zero():
+    content = make_content((0.9, 0.9, 1.0, 1.0))
+    views = sample_views(sample_rng(0, 0), content, replace(SPEC, min_crop_foreground=0.0), GRID, [0, 0])
+    assert all(not v.rejected for v in views)
+
+
+# ---- the whole draw
+
+
+def test_draws_depend_on_seed_and_sample_only():
+    content = make_content()
+
+    def draw(seed: int, sample: int) -> list:
+        views = sample_views(sample_rng(seed, sample), content, SPEC, GRID, [10, 0])
+        return [(v.box, v.flip, v.gain, v.offset, v.noise, v.noise_seed, v.blur, str(v.mask)) for v in views]
+
+    first = draw(3, 5)
+    np.random.default_rng(0).random(100)
+    draw(3, 6)
+    assert draw(3, 5) == first
+    assert draw(3, 6) != first
+    assert draw(4, 5) != first
+
+
+def test_views_are_what_the_spec_says():
+    spec = replace(SPEC, flip=0.5, gain=0.3, offset=0.1, noise=0.02, blur=0.4)
+    views = [
+        v for s in range(150) for v in sample_views(sample_rng(0, s), make_content(), spec, GRID, [12, 0])
+    ]
+    first, second, local = views[0::10], views[1::10], views[2::10]
+    assert all(v.size_px == 128 for v in first + second)
+    assert all(v.size_px == 48 for v in local)
+    assert all(v.mask is not None and v.mask.sum() == 12 for v in first)
+    assert all(v.mask is None for v in second + local)
+    gains, offsets, noises = (np.array([getattr(v, n) for v in views]) for n in ("gain", "offset", "noise"))
+    assert 0.7 <= gains.min() < 0.75 < 1.25 < gains.max() <= 1.3
+    assert -0.1 <= offsets.min() < -0.09 < 0.09 < offsets.max() <= 0.1
+    assert 0 <= noises.min() < noises.max() <= 0.02
+    blurs = np.array([v.blur for v in views])
+    assert (blurs > 0).mean() == pytest.approx(0.4, abs=0.05)
+    assert blurs[blurs > 0].min() >= 0.3
+    assert blurs.max() <= 1.2
+    assert np.mean([v.flip for v in views]) == pytest.approx(0.5, abs=0.05)
+    assert len({v.noise_seed for v in views}) == len(views)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_global": 1}, "num_global must be at least 2; found 1"),
+        ({"global_scale": (0.5, 0.2)}, "views.global_scale must be two rising numbers"),
+        ({"local_scale": (0.0, 0.2)}, "views.local_scale"),
+        ({"global_scale": (0.5, 1.5)}, "views.global_scale .* at most 1"),
+        ({"mask_ratio": (0.5, 1.2)}, "views.mask_ratio .* at most 1"),
+        ({"max_tries": 0}, "views.max_tries must be at least 1; found 0"),
+    ],
+)
+def test_specs_that_cannot_be_drawn_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        replace(SPEC, **changes)
