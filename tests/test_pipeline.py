@@ -1,5 +1,6 @@
 """The whole way on a small phantom: what the demo and a user's commands leave behind, and that it agrees."""
 
+import html
 import json
 import re
 import subprocess
@@ -85,7 +86,7 @@ def test_scores_come_from_the_prediction_rows(story: tuple[Path, dict]) -> None:
 
 def test_the_report_is_one_file_with_all_its_parts(story: tuple[Path, dict]) -> None:
     out, _ = story
-    page = (out / "report.html").read_text()
+    page = html.unescape((out / "report.html").read_text())
     assert page.count("data:image/png;base64,") >= 7
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     for task in TASKS:

@@ -29,25 +29,40 @@ NUM_PATIENTS, NUM_SLICES, MATRIX = 40, 40, 192
 class Task:
     """One comparison of the report.
 
-    level, target, labels   as for `hilum probe`; labels are columns of the phantom's table, "" when the features hold
-                            the target themselves
-    metric                  the score that is reported
+    level, target, task, labels   as for `hilum probe`; labels name a table of the phantom, "" when the features hold the
+                                  target themselves
+    metric                        the score that is reported
     """
 
     name: str
     question: str
     level: str
     target: str
+    task: str
     labels: str
     metric: str
 
 
 TASKS = (
-    Task("organ", "Which organ is this? One slice and an organ's mask.", "region", "region", "", "accuracy"),
     Task(
-        "malignancy", "Is this lesion malignant? One slice and its mask.", "region", "malignant", "lesions.csv", "auroc"
+        "organ",
+        "Which organ is this? One slice and an organ's mask.",
+        "region",
+        "region",
+        "classification",
+        "",
+        "accuracy",
     ),
-    Task("level", "How high in the body is this slice?", "slice", "height", "heights.csv", "r2"),
+    Task(
+        "malignancy",
+        "Is this lesion malignant? One slice and its mask.",
+        "region",
+        "malignant",
+        "classification",
+        "lesions.csv",
+        "auroc",
+    ),
+    Task("level", "How high in the body is this slice?", "slice", "slice", "regression", "", "r2"),
 )
 
 # name in the report → (model argument, principal components kept)
@@ -163,6 +178,7 @@ def _probe_all(out: Path, archive: Path, key: Key, seed: int) -> dict[str, dict[
                 features_path(out, method, task.level),
                 archive / task.labels if task.labels else None,
                 target=task.target,
+                task=task.task,
                 num_components=num_components,
                 seed=seed,
                 output=out / "predictions" / f"{task.name}-{method.split()[0].rstrip(',')}.parquet",

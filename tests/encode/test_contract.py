@@ -88,3 +88,9 @@ def test_what_breaks_the_contract_is_refused(pixels):
         prepare_slice(pixels, "MR", "", contract)
     with pytest.raises(ContractError, match=r"at least 2 pixels a side; found shape \(1, 24\)"):
         prepare_slice(pixels[:1], "MR", "", contract)
+
+
+@pytest.mark.parametrize("changes", [{"channels": 3}, {"orientation": ("AR", "IL", "IP")}, {"normalise": "volume"}])
+def test_a_contract_that_cannot_be_kept_is_refused(changes):
+    with pytest.raises(ContractError, match=r"the contract asks for .*; this hilum can do \('PL', 'IL', 'IP'\), 'slice' and 1"):
+        Contract(**changes)

@@ -16,6 +16,7 @@ from hilum.pretrain.views import (
     sample_block_mask,
     sample_box,
     sample_crop,
+    sample_points,
     sample_rng,
     sample_views,
 )
@@ -191,6 +192,37 @@ def test_rejection_is_off_at_zero():
     content = make_content((0.9, 0.9, 1.0, 1.0))
     views = sample_views(sample_rng(0, 0), content, replace(SPEC, min_crop_foreground=0.0), GRID, [0, 0])
     assert all(not v.rejected for v in views)
+
+
+# ---- shared places
+
+
+def test_points_are_one_place_of_the_slice_seen_by_every_crop():
+    """Back in the slice, all crops mean the same place, and it shows anatomy that all of them hold."""
+    content = make_content((0.2, 0.3, 0.9, 0.8))
+    spec = replace(SPEC, flip=0.5, num_local=0)
+    for sample in range(20):
+        rng = sample_rng(0, sample)
+        views = sample_views(rng, content, spec, GRID, [0, 0])
+        points = sample_points(rng, content.grid, views, 30)
+        assert points.shape == (2, 30, 2)
+        assert points.min() >= -1e-6
+        assert points.max() <= 1 + 1e-6
+        places = []
+        for own, view in zip(points.astype(float), views):
+            y0, x0, y1, x1 = view.box
+            x = 1 - own[:, 1] if view.flip else own[:, 1]
+            places.append(np.stack([y0 + own[:, 0] * (y1 - y0), x0 + x * (x1 - x0)], 1))
+        np.testing.assert_allclose(places[0], places[1], atol=1e-6)
+        cells = (places[0] * 32).astype(int).clip(0, 31)
+        assert (content.grid[cells[:, 0], cells[:, 1]] > 0).mean() > 0.9  # a cell on the rim may be clipped out of it
+
+
+def test_crops_without_a_common_place_have_no_points():
+    views = sample_views(sample_rng(0, 0), make_content(), replace(SPEC, num_local=0), GRID, [0, 0])
+    apart = [replace(views[0], box=(0.0, 0.0, 0.4, 1.0)), replace(views[1], box=(0.5, 0.0, 1.0, 1.0))]
+    assert np.isnan(sample_points(sample_rng(0, 0), make_content().grid, apart, 5)).all()
+    assert np.isnan(sample_points(sample_rng(0, 0), np.zeros((32, 32), np.float32), views, 5)).all()
 
 
 # ---- the whole draw

@@ -16,6 +16,7 @@ from torch.nn import functional
 from hilum.errors import ContractError
 from hilum.records import hash_json
 from hilum.settings import to_dict
+from hilum.volume import PLANES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,15 @@ class Contract:
     resampling: Literal["bilinear", "bicubic"] = "bilinear"
     channels: int = 1
     pooling: Literal["class", "mean", "class+mean"] = "class+mean"
+
+    def __post_init__(self) -> None:
+        """A contract that asks for what this version cannot do is refused, never bent."""
+        able = tuple(PLANES[plane][1:] for plane in "SPL"), "slice", 1
+        if (self.orientation, self.normalise, self.channels) != able:
+            raise ContractError(
+                f"the contract asks for orientation {self.orientation}, normalisation '{self.normalise}' and "
+                f"{self.channels} channels; this hilum can do {able[0]}, '{able[1]}' and {able[2]}"
+            )
 
     @property
     def hash(self) -> str:

@@ -23,6 +23,7 @@ from hilum.errors import UsageError
 # (hidden = 8·ceil(⌊2·4D/3⌋/8)); the small ones are ours.
 SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"], int]] = {
     "nano": (96, 3, 3, "mlp", 384),
+    "micro": (128, 4, 2, "mlp", 512),
     "tiny": (192, 6, 3, "mlp", 768),
     "small": (384, 12, 6, "mlp", 1536),
     "base": (768, 12, 12, "swiglu", 2048),

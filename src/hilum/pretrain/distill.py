@@ -168,10 +168,13 @@ class Learner(nn.Module):
         The crops differ in position, scale, intensity and mask, so a patch token has to say what lies there, not where in
         the crop, and a hidden patch has to guess it from its surroundings (the part that iBOT plays beside DINO).
         """
-        objective, grid = self.recipe.objective, self.recipe.views.global_px // self.recipe.model.patch[0]
+        objective, px = self.recipe.objective, self.recipe.views.global_px
         num_global, num_slices, num_points, _ = batch.points.shape
         shared = batch.points.isfinite().flatten(2).all(2).all(0)  # slices whose crops overlap
-        maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, grid, grid).float()
+        if not bool(shared.any()):
+            return tokens.patches.new_zeros(())
+        rows, columns = (px // side for side in self.recipe.model.patch)
+        maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, rows, columns).float()
         at = 2 * batch.points.nan_to_num(0.5).flatten(0, 1)[:, None].flip(-1) - 1  # grid_sample wants (x, y) in [-1, 1]
         places = functional.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
         places = places[:, :, 0].transpose(1, 2).reshape(num_global, num_slices, num_points, -1)[:, shared]
@@ -179,8 +182,7 @@ class Learner(nn.Module):
         parts["patch_invariance"] = invariance(projected, num_global)
         generator = step_generator(self.recipe.run.seed, step, 2)
         values = [sigreg(view, objective.sigreg_slices, generator) for view in projected]
-        # N·∫ grows with the number of places; per slice it weighs as the class token's does
-        parts["patch_sigreg"] = torch.stack(values).mean() / num_points
+        parts["patch_sigreg"] = torch.stack(values).mean()
         weight = objective.regulariser_weight
         return (1 - weight) * parts["patch_invariance"] + weight * parts["patch_sigreg"]
 

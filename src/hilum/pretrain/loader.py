@@ -4,7 +4,8 @@ Sample n of a run is slice π(n mod N) of epoch ⌊n/N⌋, where π is a keyed p
 restarts and batch composition cannot change it, and resuming needs one integer.
 """
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -143,13 +144,21 @@ def training_slices(store: Store, min_foreground: float) -> tuple[NDArray[np.int
     return np.concatenate(volumes), np.concatenate(slices)
 
 
-def batches(slices: Slices, start: int) -> Iterator[Batch]:
-    """The batches of steps start, start + 1, …, made ahead by worker processes."""
+def batches(slices: Slices, start: int) -> Generator[Batch, None, None]:
+    """The batches of steps start, start + 1, …, made ahead by worker processes. Close it to end them."""
     loader = DataLoader(
         slices,
         batch_size=None,
         sampler=range(start, len(slices)),
         num_workers=slices.recipe.run.num_workers,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    yield from loader
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C, `timeout` and batch systems signal every process of a run. Only the loop acts on it: it still needs these
+    workers, and ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

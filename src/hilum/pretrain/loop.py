@@ -66,9 +66,9 @@ def pretrain(
         start = read_checkpoint(found, learner, optimiser, recipe_hash)
 
     stop = _StopSignal()
-    with stop, _Log(out, start) as log:
+    with stop, _Log(out, start) as log, contextlib.closing(batches(slices, start)) as stream:
         bad_steps = 0
-        for step, batch in enumerate(batches(slices, start), start):
+        for step, batch in enumerate(stream, start):
             began = time.perf_counter()
             result = _forward(learner, batch.to(torch_device), step)
             line: dict[str, Any] = {"step": step, "loss": float(result.loss.detach())}

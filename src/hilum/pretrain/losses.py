@@ -112,7 +112,7 @@ def sigreg(
     Cosine is even and sine odd, so the knots at t > 0 count twice and the others are left out.
     """
     directions_DS = torch.randn(z_ND.shape[1], num_slices, generator=generator).to(z_ND)
-    directions_DS = directions_DS / directions_DS.norm(dim=0)
+    directions_DS = functional.normalize(directions_DS, dim=0)
     t = torch.linspace(0, reach, (num_knots + 1) // 2, dtype=z_ND.dtype, device=z_ND.device)
     gauss = torch.exp(-(t**2) / 2)
     weight = 2 * gauss * (t[1] - t[0])
@@ -120,7 +120,7 @@ def sigreg(
     weight[-1] /= 2
     angles_TNS = t[:, None, None] * (z_ND @ directions_DS)
     real, imaginary = angles_TNS.cos().mean(1) - gauss[:, None], angles_TNS.sin().mean(1)
-    return len(z_ND) * (weight @ (real**2 + imaginary**2)).mean()
+    return (weight @ (real.square() + imaginary.square())).mean() * len(z_ND)
 
 
 @in_fp32
