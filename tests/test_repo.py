@@ -152,7 +152,9 @@ def test_files_and_functions_are_short():
     """A file is questioned at 500 lines; a function, its docstring aside, ends before 60."""
     long = [f"{p.relative_to(ROOT)}: {n} lines" for p in TREES if (n := len(p.read_text().splitlines())) > 500]
     long += [
-        f"{p.relative_to(ROOT)}: {n} lines" for p in sorted(ROOT.glob("tests/**/*.py")) if (n := len(p.read_text().splitlines())) > 500
+        f"{p.relative_to(ROOT)}: {n} lines"
+        for p in sorted(ROOT.glob("tests/**/*.py"))
+        if (n := len(p.read_text().splitlines())) > 500
     ]
     for path, tree in TREES.items():
         for function in functions(tree):
@@ -193,7 +195,9 @@ def test_every_setting_is_read():
     classes = {n.name: n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     unread = []
     for name, holders in SETTINGS.items():
-        fields = [n.target.id for n in classes[name].body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        fields = [
+            n.target.id for n in classes[name].body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        ]
         assert fields
         itself = {field for who, field in reads(classes[name]) if who == "self"}
         unread += [f"{name}.{f}" for f in fields if f not in itself and not any((h, f) in everywhere for h in holders)]
@@ -214,7 +218,17 @@ def test_every_setting_is_explained():
 def test_no_path_of_a_machine_is_written_down():
     machines = ["/" + name + "/" for name in ("work", "home", "root", "Users")]
     found = []
-    for top in ("src", "tests", "docs", "benchmarks", "examples", "README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml"):
+    for top in (
+        "src",
+        "tests",
+        "docs",
+        "benchmarks",
+        "examples",
+        "README.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "pyproject.toml",
+    ):
         for path in [ROOT / top] if (ROOT / top).is_file() else (ROOT / top).rglob("*"):
             if path.is_file() and path.suffix in (".py", ".md", ".toml", ".json", ".jsonl", ".sh", ".csv", ""):
                 text = path.read_text(encoding="utf-8", errors="replace")

@@ -8,18 +8,14 @@ ours. One JSON line per measurement: what, unit, repeats, minimum, median, maxim
 """
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import SimpleITK as sitk
+from measure import print_lines, rate
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -27,7 +23,6 @@ from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find, read_scan
 from hilum.archive.store import Store, volume_path
-from hilum.records import machine, versions
 
 KEY = Key(bytes(32))
 
@@ -58,12 +53,6 @@ def write_series(folder: Path, num_slices: int) -> None:
         data.PixelData = pixels.tobytes()
         data["PixelData"].VR = "OW"
         data.save_as(folder / f"{k:05d}.dcm", enforce_file_format=True)
-
-
-def rate(work: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - start)
 
 
 def read_with_sitk(folder: Path) -> None:
@@ -105,7 +94,6 @@ def measure(num_slices: int, repeats: int) -> dict[str, list[float]]:
             }
             for what, (work, count) in steps.items():
                 results.setdefault(what, []).append(rate(work, count))
-    results["peak memory MiB"] = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
     return results
 
 
@@ -114,17 +102,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    common = {"commit": git.stdout.strip(), "date": time.strftime("%Y-%m-%d"), "num_slices": given.slices}
-    for what, values in measure(given.slices, given.repeats).items():
-        line = {
-            "what": what,
-            "repeats": len(values),
-            "min": round(min(values), 1),
-            "median": round(statistics.median(values), 1),
-            "max": round(max(values), 1),
-        }
-        print(json.dumps(line | common | {"machine": machine(), "versions": versions()}))
+    print_lines(measure(given.slices, given.repeats), num_slices=given.slices)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,11 @@ def test_organ_volumes_are_plausible(people, organ, low, high):
     for anatomy in people:
         patient = anatomy.patient
         absent = organ == "gallbladder" and not patient.has_gallbladder
-        absent |= organ.startswith("kidney") and patient.kidneys not in ("two", "horseshoe", organ.removeprefix("kidney_"))
+        absent |= organ.startswith("kidney") and patient.kidneys not in (
+            "two",
+            "horseshoe",
+            organ.removeprefix("kidney_"),
+        )
         volume = anatomy.organ_volumes_ml()[organ]
         if absent:
             assert volume == 0
@@ -164,7 +168,9 @@ def test_topology_follows_the_patient():
     )
 
     def num_kidneys(anatomy: Anatomy) -> int:
-        return ndimage.label(np.isin(anatomy.organ, [ORGAN["kidney_right"], ORGAN["kidney_left"]]), np.ones((3, 3, 3)))[1]
+        return ndimage.label(np.isin(anatomy.organ, [ORGAN["kidney_right"], ORGAN["kidney_left"]]), np.ones((3, 3, 3)))[
+            1
+        ]
 
     assert num_kidneys(two) == 2
     assert num_kidneys(horseshoe) == 1
@@ -266,7 +272,9 @@ def test_ct_noise_is_as_the_scanner_says():
 
 def test_contrast_medium_brightens_what_it_should(average):
     plain, enhanced = (scan_ct(replace(average, patient=replace(AVERAGE, enhanced=e))).voxels for e in (False, True))
-    gain = {name: (enhanced[m].mean() - plain[m].mean()) for name in TISSUES if (m := eroded(average, name)).sum() > 200}
+    gain = {
+        name: (enhanced[m].mean() - plain[m].mean()) for name in TISSUES if (m := eroded(average, name)).sum() > 200
+    }
     assert gain["blood"] > gain["kidney"] - 60 > gain["liver"] - 60 > gain["muscle"] - 60
     assert gain["blood"] > 60
     assert abs(gain["fat"]) < 3
@@ -327,7 +335,7 @@ def test_survival_follows_its_hazard():
         years, events = sum(d for d, _, _ in drawn) / 365.25, sum(e for _, e, _ in drawn)
         assert events / years == pytest.approx(wanted, rel=4 / np.sqrt(events))
         censored = np.array([d for d, e, _ in drawn if not e]) / 365.25
-        assert 0.5 <= censored.min()
+        assert censored.min() >= 0.5
         assert censored.max() <= 6
 
 
@@ -446,7 +454,10 @@ def test_nifti_archives(tmp_path):
     image = nib.load(tmp_path / "n" / "scans" / "PHANTOM0000" / "ct.nii.gz")
     vol = scan_ct(make_anatomy(sample_patient(0), 12, 48))
     assert np.array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), vol.voxels)
-    assert [r["file"] for r in read_csv(tmp_path / "n" / "series.csv")] == ["PHANTOM0000/ct.nii.gz", "PHANTOM0000/mr.nii.gz"]
+    assert [r["file"] for r in read_csv(tmp_path / "n" / "series.csv")] == [
+        "PHANTOM0000/ct.nii.gz",
+        "PHANTOM0000/mr.nii.gz",
+    ]
     assert not list((tmp_path / "n").rglob("*.dcm"))
 
 

@@ -92,5 +92,7 @@ def test_what_breaks_the_contract_is_refused(pixels):
 
 @pytest.mark.parametrize("changes", [{"channels": 3}, {"orientation": ("AR", "IL", "IP")}, {"normalise": "volume"}])
 def test_a_contract_that_cannot_be_kept_is_refused(changes):
-    with pytest.raises(ContractError, match=r"the contract asks for .*; this hilum can do \('PL', 'IL', 'IP'\), 'slice' and 1"):
+    with pytest.raises(
+        ContractError, match=r"the contract asks for .*; this hilum can do \('PL', 'IL', 'IP'\), 'slice' and 1"
+    ):
         Contract(**changes)

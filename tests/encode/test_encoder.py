@@ -120,7 +120,7 @@ def test_a_config_without_its_parts(export):
 
 
 def test_a_folder_that_is_no_encoder(tmp_path):
-    with pytest.raises(UsageError, match="is no encoder; expected a folder with config.json"):
+    with pytest.raises(UsageError, match="is no encoder; expected a folder"):
         load_encoder(str(tmp_path))
     (tmp_path / "file").write_text("")
     for name in (str(tmp_path / "file"), str(tmp_path / "absent"), "dinov9"):

@@ -86,7 +86,9 @@ def test_the_first_of_equal_slices_is_taken():
     assert largest_slices(labels) == {4: 1}
 
 
-@pytest.mark.parametrize(("shape", "grid"), [((16, 16), (4, 4)), ((20, 30), (4, 5)), ((18, 25), (4, 4)), ((3, 5), (4, 8))])
+@pytest.mark.parametrize(
+    ("shape", "grid"), [((16, 16), (4, 4)), ((20, 30), (4, 5)), ((18, 25), (4, 4)), ((3, 5), (4, 8))]
+)
 def test_region_weights_are_shares_of_area(shape, grid):
     """Every pixel counts with the share of it that overlaps a patch, to within whole pixels when sizes do not divide."""
     mask = np.random.default_rng(0).random(shape) < 0.3

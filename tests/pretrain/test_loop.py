@@ -105,7 +105,9 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
     assert checkpoints == ["step-00000004.pt", "step-00000006.pt"]
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     lines = numbers(tmp_path / "run")
-    assert {"loss", "dino", "ibot", "sigreg", "lr", "grad_backbone", "grad_dino_head", "rank", "foreground"} <= lines[0].keys()
+    assert {"loss", "dino", "ibot", "sigreg", "lr", "grad_backbone", "grad_dino_head", "rank", "foreground"} <= lines[
+        0
+    ].keys()
     assert "rank" not in lines[1]  # health_every
     encoder = read_encoder(tmp_path / "run" / "export")
     state = torch.load(tmp_path / "run" / "checkpoints" / checkpoints[1], weights_only=True)["learner"]
@@ -204,7 +206,9 @@ def test_another_recipe_is_refused(small, store_path, tmp_path):
     with pytest.raises(Stop):
         pretrain(recipe, store_path, tmp_path / "run", progress=stop_after(1))
     other = replace(recipe, optimiser=replace(recipe.optimiser, lr=7e-3))
-    with pytest.raises(CheckpointError, match=r"another recipe \(optimiser\.lr: 0\.002 ≠ 0\.007\); choose a new folder"):
+    with pytest.raises(
+        CheckpointError, match=r"another recipe \(optimiser\.lr: 0\.002 ≠ 0\.007\); choose a new folder"
+    ):
         pretrain(other, store_path, tmp_path / "run")
 
 
@@ -243,7 +247,9 @@ def half_run(small, store_path, tmp_path) -> Path:
 def test_a_cut_checkpoint(small, store_path, half_run, keep_bytes):
     path = half_run / "checkpoints" / "step-00000010.pt"
     path.write_bytes(path.read_bytes()[:keep_bytes])
-    with pytest.raises(CheckpointError, match=r"step-00000010\.pt cannot be read as a checkpoint .* Remove it to go on"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000010\.pt cannot be read as a checkpoint .* Remove it to go on"
+    ):
         pretrain(small["lejepa"], store_path, half_run)
     path.unlink()
     assert pretrain(small["lejepa"], store_path, half_run)["status"] == "finished"
@@ -359,7 +365,9 @@ def test_a_bad_batch_does_not_poison_the_centre(small, store_path, tmp_path, mon
 def test_ten_bad_steps_in_a_row_end_the_run(small, store_path, tmp_path, poison):
     recipe = replace(small["lejepa"], run=replace(small["lejepa"].run, steps=40, checkpoint_every=2))
     poison.update({1, 2, 3, *range(5, 40)})
-    with pytest.raises(TrainingDiverged, match=r"for 10 steps in a row up to step 14 .* optimiser\.lr= at half") as caught:
+    with pytest.raises(
+        TrainingDiverged, match=r"for 10 steps in a row up to step 14 .* optimiser\.lr= at half"
+    ) as caught:
         pretrain(recipe, store_path, tmp_path / "run")
     assert "the weights are finite" in str(caught.value)
     assert len(numbers(tmp_path / "run")) == 15
@@ -413,4 +421,3 @@ def test_the_stored_curve(small, store_path, tmp_path, name):
     assert found.keys() == stored[name].keys()
     for key, values in stored[name].items():
         assert found[key] == pytest.approx(values, rel=2e-2, abs=1e-3), key
-

@@ -245,9 +245,7 @@ def test_draws_depend_on_seed_and_sample_only():
 
 def test_views_are_what_the_spec_says():
     spec = replace(SPEC, flip=0.5, gain=0.3, offset=0.1, noise=0.02, blur=0.4)
-    views = [
-        v for s in range(150) for v in sample_views(sample_rng(0, s), make_content(), spec, GRID, [12, 0])
-    ]
+    views = [v for s in range(150) for v in sample_views(sample_rng(0, s), make_content(), spec, GRID, [12, 0])]
     first, second, local = views[0::10], views[1::10], views[2::10]
     assert all(v.size_px == 128 for v in first + second)
     assert all(v.size_px == 48 for v in local)

@@ -70,15 +70,8 @@ def pretrain(
         bad_steps = 0
         for step, batch in enumerate(stream, start):
             began = time.perf_counter()
-            result = _forward(learner, batch.to(torch_device), step)
-            line: dict[str, Any] = {"step": step, "loss": float(result.loss.detach())}
-            updated = _update(learner, optimiser, recipe, result, step)
-            bad_steps = 0 if updated else bad_steps + 1
-            line |= updated or {"skipped": 1}
-            line |= {name: float(value.detach()) for name, value in result.parts.items()}
-            line |= {"foreground": batch.foreground, "num_rejected": batch.num_rejected}
-            if updated and step % recipe.run.health_every == 0:
-                line |= feature_health(result.features)
+            line = train_step(learner, optimiser, batch.to(torch_device), step)
+            bad_steps = bad_steps + 1 if "skipped" in line else 0
             log.write(line, seconds=time.perf_counter() - began)
             if progress:
                 progress(step + 1, recipe.run.steps, f"pre-training, loss {line['loss']:.3f}")
@@ -95,6 +88,19 @@ def pretrain(
     record |= {"status": "finished", "contract": contract.hash, "num_slices": len(slices.volume)}
     write_json(out / "run.json", record)
     return record
+
+
+def train_step(learner: Learner, optimiser: torch.optim.AdamW, batch: Batch, step: int) -> dict[str, Any]:
+    """One whole step; returns its line of metrics.jsonl. A step whose numbers are not finite changes no weight."""
+    result = _forward(learner, batch, step)
+    updated = _update(learner, optimiser, learner.recipe, result, step)
+    line: dict[str, Any] = {"step": step, "loss": float(result.loss.detach())}
+    line |= updated or {"skipped": 1}
+    line |= {name: float(value.detach()) for name, value in result.parts.items()}
+    line |= {"foreground": batch.foreground, "num_rejected": batch.num_rejected}
+    if updated and step % learner.recipe.run.health_every == 0:
+        line |= feature_health(result.features)
+    return line
 
 
 def _forward(learner: Learner, batch: Batch, step: int) -> StepResult:
