@@ -29,9 +29,8 @@ NUM_PATIENTS, NUM_SLICES, MATRIX = 40, 40, 192
 class Task:
     """One comparison of the report.
 
-    level, target, task, labels   as for `hilum probe`; labels name a table of the phantom, "" when the features hold the
-                                  target themselves
-    metric                        the score that is reported
+    level, target, task   as for `hilum probe`; both targets are columns of the features themselves
+    metric                the score that is reported
     """
 
     name: str
@@ -39,30 +38,12 @@ class Task:
     level: str
     target: str
     task: str
-    labels: str
     metric: str
 
 
 TASKS = (
-    Task(
-        "organ",
-        "Which organ is this? One slice and an organ's mask.",
-        "region",
-        "region",
-        "classification",
-        "",
-        "accuracy",
-    ),
-    Task(
-        "malignancy",
-        "Is this lesion malignant? One slice and its mask.",
-        "region",
-        "malignant",
-        "classification",
-        "lesions.csv",
-        "auroc",
-    ),
-    Task("level", "How high in the body is this slice?", "slice", "slice", "regression", "", "r2"),
+    Task("organ", "Which organ is this? One slice and its mask.", "region", "region", "classification", "accuracy"),
+    Task("level", "How high in the body is this slice?", "slice", "slice", "regression", "r2"),
 )
 
 # name in the report → (model argument, principal components kept)
@@ -110,7 +91,7 @@ def demo(
     now = timed("pre-train", now)
     _embed_all(out, archive, key, seed, progress)
     now = timed("embed", now)
-    results = _probe_all(out, archive, key, seed)
+    results = _probe_all(out, key, seed)
     now = timed("probe", now)
     scores = _scores(results)
     record = {
@@ -169,14 +150,14 @@ def features_path(out: Path, method: str, level: str) -> Path:
     return out / "features" / f"{method.split()[0].rstrip(',')}-{level}.parquet"
 
 
-def _probe_all(out: Path, archive: Path, key: Key, seed: int) -> dict[str, dict[str, ProbeResult]]:
+def _probe_all(out: Path, key: Key, seed: int) -> dict[str, dict[str, ProbeResult]]:
     """Every task with every method: five folds of patients, linear head."""
     results: dict[str, dict[str, ProbeResult]] = {}
     for task in TASKS:
         for method, (_, num_components) in METHODS.items():
             results.setdefault(task.name, {})[method] = probe(
                 features_path(out, method, task.level),
-                archive / task.labels if task.labels else None,
+                None,
                 target=task.target,
                 task=task.task,
                 num_components=num_components,

@@ -210,7 +210,7 @@ def _add_curves(page: Page, out: Path) -> None:
     lines = list(read_lines(out / "run" / "metrics.jsonl"))
 
     def series(name: str) -> tuple[str, NDArray[Any], NDArray[Any]]:
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         steps, values = np.array(points, float).reshape(-1, 2).T
         return name.replace("_", " "), steps, values
 

@@ -11,7 +11,7 @@ all MR), else rounded to 1/65,534 of the range; the index says which.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +213,16 @@ class Store:
 
     def _open(self, key: str) -> Any:
         try:
-            return blosc2.open(str(volume_path(self.root, key)), mode="r")
+            path = volume_path(self.root, key)
+            return _open_array(str(path), path.stat().st_mtime_ns)
         except (OSError, RuntimeError, ValueError) as error:
             raise StoreError(f"volume {key} of {self.root} cannot be opened: {error}") from None
+
+
+@lru_cache(maxsize=512)
+def _open_array(path: str, _: int) -> Any:
+    """An open volume, kept as long as the file's time stamp stays; opening costs more than reading a slice."""
+    return blosc2.open(path, mode="r")
 
 
 def _restore(stored: NDArray[np.int16], row: Row) -> NDArray[Any]:

@@ -52,8 +52,8 @@ class ViTEncoder:
 class PixelEncoder:
     """The baseline without a network: what a linear head sees in the raw pixels.
 
-    The class token is the whole slice at 32×32; the token of a patch is the square window of four patches a side
-    around it, at 16×16. Reduce it by PCA inside the head (`--pca`), fitted on training patients only.
+    The class token is the whole slice at 32×32; patch tokens are the pixels of the patch itself. Reduce them by PCA
+    inside the head (`--pca`), fitted on training patients only.
     """
 
     def __init__(self, size_px: int = 128, patch_px: int = 16) -> None:
@@ -64,11 +64,8 @@ class PixelEncoder:
 
     def encode(self, images: Tensor) -> Tokens:
         whole = functional.adaptive_avg_pool2d(images, 32).flatten(1)
-        window, margin = 4 * self.patch_px, 3 * self.patch_px // 2
-        small = functional.avg_pool2d(functional.pad(images, [margin] * 4, mode="replicate"), self.patch_px // 4)
-        side = window // (self.patch_px // 4)
-        windows = functional.unfold(small, side, stride=4)
-        return Tokens(whole, whole.new_zeros(len(whole), 0, 1024), windows.transpose(1, 2).contiguous())
+        patches = functional.unfold(images, self.patch_px, stride=self.patch_px).transpose(1, 2)
+        return Tokens(whole, whole.new_zeros(len(whole), 0, self.patch_px**2), patches.contiguous())
 
 
 def write_encoder(folder: Path, model: ViT, contract: Contract, facts: dict[str, Any]) -> None:

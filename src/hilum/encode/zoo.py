@@ -9,7 +9,7 @@ from hilum.encode.vit import ViT
 from hilum.errors import UsageError
 
 BASELINES = {
-    "pixels": "raw pixels: 32×32 a slice, windows of 16×16 a region",
+    "pixels": "raw pixels: 32×32 a slice, the 16×16 pixels of a patch",
     "random:FOLDER": "the transformer of FOLDER with weights drawn anew: what the architecture alone gives",
 }
 

@@ -6,6 +6,7 @@ tensorboard/, checkpoints/, export/. The same command on the same folder goes on
 
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.recipe import Recipe
-from hilum.records import explain_full_disk, hash_json, machine, read_json, versions, write_json, write_text
+from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress
 
@@ -171,7 +172,7 @@ def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> 
         "format": "hilum-run",
         "version": 1,
         "recipe": to_dict(recipe),
-        "recipe_hash": hash_json(to_dict(recipe)),
+        "recipe_hash": recipe.hash,
         "store_hash": store.hash,
         "versions": versions(),
         "machine": machine(),
@@ -239,7 +240,8 @@ class _Log:
 
     def write(self, line: dict[str, Any], seconds: float) -> None:
         with explain_full_disk(self.path):
-            self.file.write(json.dumps({**line, "seconds": round(seconds, 4)}) + "\n")
+            strict = {name: v if math.isfinite(v) else None for name, v in line.items()}  # NaN is no JSON
+            self.file.write(json.dumps({**strict, "seconds": round(seconds, 4)}) + "\n")
             for name, value in line.items():
                 if name != "step":
                     self.writer.add_scalar(name, value, line["step"])

@@ -164,8 +164,9 @@ def _dataset(sop_class: str, patient: Patient | None, *parts: str) -> FileDatase
     ds.PatientName = f"Phantom^{ds.PatientID}"
     ds.PatientSex = patient.sex if patient else ""
     ds.PatientAge = f"{int(patient.age_years):03d}Y" if patient else ""
-    ds.StudyInstanceUID = str(generate_uid(entropy_srcs=[ds.PatientID, "study", *parts[:1]]))
-    ds.SeriesInstanceUID = str(generate_uid(entropy_srcs=[ds.PatientID, *parts]))
+    seed = str(patient.seed) if patient else ""
+    ds.StudyInstanceUID = str(generate_uid(entropy_srcs=[ds.PatientID, seed, "study", *parts[:1]]))
+    ds.SeriesInstanceUID = str(generate_uid(entropy_srcs=[ds.PatientID, seed, *parts]))
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     return ds
 
