@@ -28,6 +28,7 @@ FLOORS = {
     "encode": 4,
     "probe": 5,
     "pretrain": 6,
+    "api": 8,
     "demo": 8,
     "demo_report": 8,
     "cli": 8,

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hilum.archive.phantom import write_phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import scan
-from hilum.demo_report import write_report
+from hilum.demo_report import Task, write_report
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.recipe import Recipe, load_recipe
@@ -23,22 +22,6 @@ from hilum.settings import override, to_dict
 from hilum.terminal import Progress
 
 NUM_PATIENTS, NUM_SLICES, MATRIX = 40, 40, 192
-
-
-@dataclass(frozen=True)
-class Task:
-    """One comparison of the report.
-
-    level, target, task   as for `hilum probe`; both targets are columns of the features themselves
-    metric                the score that is reported
-    """
-
-    name: str
-    question: str
-    level: str
-    target: str
-    task: str
-    metric: str
 
 
 TASKS = (

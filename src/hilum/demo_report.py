@@ -1,8 +1,9 @@
 """The demo's report: one page that shows what each stage did, with pictures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from hilum import figures
 from hilum.archive.ledger import REASONS, Entry, count
+from hilum.archive.nifti import read_label
 from hilum.archive.phantom import ORGAN
 from hilum.archive.privacy import Key
 from hilum.archive.store import Store
@@ -24,11 +26,24 @@ from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.render import render
 from hilum.pretrain.views import Box, sample_block_mask, sample_rng
 
-if TYPE_CHECKING:
-    from hilum.demo import Task
-
 MAP_PX = 256  # maps are drawn at twice the training size: positions are interpolated
 METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUROC", "r2": "R²", "balanced_accuracy": "balanced accuracy"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One comparison of the report.
+
+    level, target, task   as for `hilum probe`; both targets are columns of the features themselves
+    metric                the score that is reported
+    """
+
+    name: str
+    question: str
+    level: str
+    target: str
+    task: str
+    metric: str
 
 
 def write_report(
@@ -38,7 +53,7 @@ def write_report(
     key: Key,
     entries: Sequence[Entry],
     recipe: Recipe,
-    tasks: "Sequence[Task]",
+    tasks: Sequence[Task],
     scores: dict[str, Any],
     record: dict[str, Any],
 ) -> None:
@@ -62,7 +77,7 @@ def write_report(
     page.write(path)
 
 
-def _add_scores(page: Page, tasks: "Sequence[Task]", scores: dict[str, Any]) -> None:
+def _add_scores(page: Page, tasks: Sequence[Task], scores: dict[str, Any]) -> None:
     page.section(
         "Does pre-training pay?",
         "Linear heads on frozen features, five folds, no patient on both sides. Intervals: 95 %, whole patients resampled.",
@@ -74,7 +89,7 @@ def _add_scores(page: Page, tasks: "Sequence[Task]", scores: dict[str, Any]) -> 
         values = [found["methods"][m] for m in methods]
         top = max(range(len(values)), key=lambda n, v=values: v[n]["value"])  # type: ignore[misc]
         best.append((number, 2 + top))
-        cells = [f"{v['value']:.3f} ({v['low']:.3f} to {v['high']:.3f})" for v in values]
+        cells = [f"{v['value']:.3f} ({v['low']:.3f}–{v['high']:.3f})" for v in values]
         rows.append([task.question, METRIC_NAMES[task.metric], *cells, f"{found['num_cases']:,}"])
     page.table(["task", "score", *methods, "cases"], rows, best)
     panels = [
@@ -104,7 +119,7 @@ def _add_ledger(page: Page, entries: Sequence[Entry]) -> None:
     )
     rows = [["used", f"{n:,} scans", modality, ""] for modality, n in counts["modalities"].items()]
     for reason, row in counts["refused"].items():
-        rows.append(["refused", f"{row['files']:,} files", reason, REASONS[reason].sentence])
+        rows.append(["refused", f"{row['files']:,} file{'s' * (row['files'] != 1)}", reason, REASONS[reason].sentence])
     page.table(["verdict", "how many", "what", "why"], rows)
 
 
@@ -131,8 +146,6 @@ class Example:
 
 def _examples(store: Store, archive: Path, key: Key, num_patients: int = 3) -> list[Example]:
     """CT and MR of a few patients at the level of the upper abdomen and the chest."""
-    from hilum.archive.nifti import read_label
-
     masks = read_mask_table(archive / "series.csv", key)
     by_patient: dict[Path, list[str]] = {}
     for series, mask in masks.items():
@@ -232,8 +245,6 @@ def _add_curves(page: Page, out: Path) -> None:
 
 def _token_map(encoder: ViTEncoder, example: Example) -> NDArray[np.float32]:
     """Patch tokens (rows, columns, D) of a slice shown at MAP_PX."""
-    from dataclasses import replace
-
     contract = replace(encoder.contract, size_px=MAP_PX)
     image = prepare_slice(example.pixels, example.row.modality, example.row.unit, contract)
     tokens = encoder.encode(image[None]).patches[0]
@@ -253,8 +264,8 @@ def _add_maps(page: Page, encoder: ViTEncoder, examples: Sequence[Example]) -> N
     side = tokens[0].shape[0]
     page.section(
         "What the patches know",
-        "No label was used. One colour map serves all slices: the same colour is the same feature in another patient and "
-        "in the other modality.",
+        "No label was used. One colour map serves all slices, so colours can be compared across patients and across CT and "
+        "MR: where they agree, the network finds the same thing.",
     )
     chosen = [n for n, e in enumerate(examples) if "abdomen" in e.title]
     page.figure(

@@ -202,6 +202,7 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float, float]
             range(len(methods)), [m[0] for m in reversed(methods)] if place is axes[0] else [""] * len(methods)
         )
         place.set_title(task, fontsize=8, loc="left")
+        place.set_ylim(-0.6, len(methods) - 0.4)
         place.tick_params(labelsize=7, length=2)
         place.spines[["top", "right", "left"]].set_visible(False)
     return figure

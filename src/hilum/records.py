@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -140,5 +139,4 @@ def machine() -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(memory, 1),
         "system": f"{platform.system()} {platform.release()}",
-        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv[:2])),
     }
