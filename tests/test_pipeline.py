@@ -111,7 +111,7 @@ def test_the_commands_of_the_readme_on_a_store(story: tuple[Path, dict], tmp_pat
 
     features = tmp_path / "f.parquet"
     hilum("embed", str(out / "store"), "--model", str(out / "run" / "export"), "-o", str(features), "--level", "region",
-          "--masks", str(out / "phantom" / "series.csv"), "--device", "cpu", "--quiet")  # fmt: skip
+          "--masks", str(out / "phantom" / "series.csv"), "--quiet")  # fmt: skip
     found = json.loads(hilum("probe", str(features), "--target", "region", "--json"))
     expected = record["scores"]["organ"]["methods"]["pre-trained"]["value"]
     assert found["scores"]["accuracy"]["value"] == pytest.approx(expected)

@@ -45,7 +45,7 @@ def embed(
     masks: str | Path | None = None,
     max_slices: int | None = None,
     batch_size: int = 32,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
     key: Key | None = None,
     progress: Progress | None = None,

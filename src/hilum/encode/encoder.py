@@ -39,7 +39,7 @@ class ViTEncoder:
 
     def __init__(self, model: ViT, contract: Contract, name: str, device: str = "cpu") -> None:
         self.name, self.contract = name, contract
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         side_y, side_x = (contract.size_px // p for p in model.config.patch)
         self.grid = (side_y, side_x)
@@ -66,6 +66,19 @@ class PixelEncoder:
         whole = functional.adaptive_avg_pool2d(images, 32).flatten(1)
         patches = functional.unfold(images, self.patch_px, stride=self.patch_px).transpose(1, 2)
         return Tokens(whole, whole.new_zeros(len(whole), 0, self.patch_px**2), patches.contiguous())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a CUDA device when there is one, else the CPU. UsageError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device '{name}' is unknown; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
+    return device
 
 
 def write_encoder(folder: Path, model: ViT, contract: Contract, facts: dict[str, Any]) -> None:

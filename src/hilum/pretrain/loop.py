@@ -18,8 +18,8 @@ import torch
 
 from hilum.archive.store import Store
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import write_encoder
-from hilum.errors import CheckpointError, Interrupted, TrainingDiverged, UsageError
+from hilum.encode.encoder import pick_device, write_encoder
+from hilum.errors import CheckpointError, Interrupted, TrainingDiverged
 from hilum.pretrain.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from hilum.pretrain.distill import Learner, StepResult
 from hilum.pretrain.health import feature_health
@@ -53,7 +53,7 @@ def pretrain(
     non-finite, Interrupted after SIGINT or SIGTERM (with a checkpoint written).
     """
     store, out = Store(data), Path(out)
-    torch_device = _pick_device(device)
+    torch_device = pick_device(device)
     record = _open_run(out, recipe, store, torch_device)
     if record["status"] == "finished":
         return record
@@ -150,18 +150,6 @@ def _explain_divergence(step: int, learner: Learner) -> str:
         f"the loss or its gradient was NaN or infinite for {MAX_BAD_STEPS} steps in a row up to step {step} ({cause}). "
         "No update was made from them. Try --set optimiser.lr= at half its value, or --set run.precision=fp32, in a new folder"
     )
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device '{name}' is unknown; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
-    return device
 
 
 def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> dict[str, Any]:
