@@ -209,23 +209,27 @@ def probe(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Predictions (Parquet) to write.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit a head on features with patients kept apart, and say how good it is with 95 % intervals."""
     from hilum.probe.fit import probe as run
+    from hilum.terminal import Reporter
 
-    result = run(
-        features,
-        labels,
-        target=target,
-        groups=groups,
-        patients=patients,
-        head=head,
-        task=task,
-        level=level,
-        num_components=pca,
-        output=out,
-        seed=seed,
-    )
+    with Reporter(quiet) as progress:
+        result = run(
+            features,
+            labels,
+            target=target,
+            groups=groups,
+            patients=patients,
+            head=head,
+            task=task,
+            level=level,
+            num_components=pca,
+            output=out,
+            seed=seed,
+            progress=progress,
+        )
     _print(result.to_dict(), as_json, _probe_text(result))
 
 

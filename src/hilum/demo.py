@@ -74,7 +74,7 @@ def demo(
     now = timed("pre-train", now)
     _embed_all(out, archive, key, seed, progress)
     now = timed("embed", now)
-    results = _probe_all(out, key, seed)
+    results = _probe_all(out, key, seed, progress)
     now = timed("probe", now)
     scores = _scores(results)
     record = {
@@ -133,7 +133,7 @@ def features_path(out: Path, method: str, level: str) -> Path:
     return out / "features" / f"{method.split()[0].rstrip(',')}-{level}.parquet"
 
 
-def _probe_all(out: Path, key: Key, seed: int) -> dict[str, dict[str, ProbeResult]]:
+def _probe_all(out: Path, key: Key, seed: int, progress: Progress | None) -> dict[str, dict[str, ProbeResult]]:
     """Every task with every method: five folds of patients, linear head."""
     results: dict[str, dict[str, ProbeResult]] = {}
     for task in TASKS:
@@ -147,6 +147,7 @@ def _probe_all(out: Path, key: Key, seed: int) -> dict[str, dict[str, ProbeResul
                 seed=seed,
                 output=out / "predictions" / f"{task.name}-{method.split()[0].rstrip(',')}.parquet",
                 key=key,
+                progress=progress,
             )
     return results
 

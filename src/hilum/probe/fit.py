@@ -20,6 +20,7 @@ from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_f
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds
 from hilum.records import hash_file, versions, write_table
+from hilum.terminal import Progress
 
 Array = NDArray[Any]
 
@@ -64,6 +65,7 @@ def probe(
     num_resamples: int = 1000,
     output: Path | None = None,
     key: Key | None = None,
+    progress: Progress | None = None,
 ) -> ProbeResult:
     """Cross-validate a head on one features file; no patient stands on both sides of a split.
 
@@ -83,6 +85,7 @@ def probe(
     output          Parquet for the predictions: item, patient, fold, split, seed, target, y_true, y_pred, one
                     proba_<class> per class, head, model, contract; its metadata names the inputs by hash
     key             for raw identifiers; None reads the user's key when one is needed
+    progress        called as (folds done, folds, what is being done)
 
     Rows of all folds are scored together, so offsets between folds count as errors; `per_fold` has the scores within
     each. LabelsError, InputError and UsageError say what does not fit.
@@ -98,7 +101,7 @@ def probe(
     units = find_units(source, cases, groups, patients, key)
     design = _design(source, cases, units, chosen, target, num_folds, seed)
     new_head = partial(make_head, head, task=design.task, num_components=num_components, seed=seed)
-    y_pred, proba = _predict_out_of_fold(design, new_head)
+    y_pred, proba = _predict_out_of_fold(design, new_head, progress)
     rows = _prediction_table(design, y_pred, proba, target=target, head=head, seed=seed)
     if output is not None:
         about: dict[str, Any] = {"format": "hilum-predictions", "key": source.key_fingerprint, "versions": versions()}
@@ -201,7 +204,9 @@ def _class_notes(y: Array, classes: tuple[str, ...], group: Array) -> tuple[str,
     return (f"{len(lonely)} of {len(classes)} classes occur in one group only and cannot be predicted there",)
 
 
-def _predict_out_of_fold(design: _Design, new_head: Callable[[], LinearProbe | KNNProbe]) -> tuple[Array, Array]:
+def _predict_out_of_fold(
+    design: _Design, new_head: Callable[[], LinearProbe | KNNProbe], progress: Progress | None
+) -> tuple[Array, Array]:
     """Predictions (n,) and probabilities (n, classes) of heads that never saw the case's fold.
 
     A class that was absent from the training part gets probability 0. LabelsError when only one class was present.
@@ -222,6 +227,8 @@ def _predict_out_of_fold(design: _Design, new_head: Callable[[], LinearProbe | K
         y_pred[test] = head.predict(X[test])
         if design.task == "classification":
             proba[np.ix_(test, head.classes_)] = head.predict_proba(X[test])
+        if progress:
+            progress(fold + 1, len(design.held_out), "fitting heads, fold by fold")
     return y_pred, proba
 
 
