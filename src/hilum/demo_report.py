@@ -62,7 +62,8 @@ def write_report(
     page = Page(
         "hilum: the whole way, once",
         "A phantom archive of CT and MR became a clean store; a small vision transformer was pre-trained on it without "
-        "labels by the Curia-2 recipe; frozen, it is judged against the same network untrained and against raw pixels.",
+        "labels, with Curia-2's crops, masks and SigReg; frozen, it is judged against the same network untrained and "
+        "against raw pixels.",
     )
     _add_scores(page, tasks, scores)
     _add_ledger(page, entries)
