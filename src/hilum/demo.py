@@ -62,9 +62,8 @@ def demo(
         seconds[stage] = round(time.monotonic() - since, 1)
         return time.monotonic()
 
-    now = timed("start", began)
     archive = _phantom(out, num_patients, num_slices, matrix, seed, progress)
-    now = timed("phantom", now)
+    now = timed("phantom", began)
     entries = scan(archive / "scans", key, progress=progress)
     write_ledger(out / "ledger.parquet", entries, archive_root=archive / "scans")
     now = timed("scan", now)
@@ -119,7 +118,7 @@ def _embed_all(out: Path, archive: Path, key: Key, seed: int, progress: Progress
             embed(
                 out / "store",
                 model=model.format(run=out / "run"),
-                out=features_path(out, method, level),
+                out=out / "features" / f"{_first_word(method)}-{level}.parquet",
                 level=level,
                 masks=archive / "series.csv" if level == "region" else None,
                 max_slices=12 if level == "slice" else None,
@@ -129,8 +128,9 @@ def _embed_all(out: Path, archive: Path, key: Key, seed: int, progress: Progress
             )
 
 
-def features_path(out: Path, method: str, level: str) -> Path:
-    return out / "features" / f"{method.split()[0].rstrip(',')}-{level}.parquet"
+def _first_word(method: str) -> str:
+    """What names a method in file names: pre-trained, random, raw."""
+    return method.split()[0]
 
 
 def _probe_all(out: Path, key: Key, seed: int, progress: Progress | None) -> dict[str, dict[str, ProbeResult]]:
@@ -139,13 +139,13 @@ def _probe_all(out: Path, key: Key, seed: int, progress: Progress | None) -> dic
     for task in TASKS:
         for method, (_, num_components) in METHODS.items():
             results.setdefault(task.name, {})[method] = probe(
-                features_path(out, method, task.level),
+                out / "features" / f"{_first_word(method)}-{task.level}.parquet",
                 None,
                 target=task.target,
                 task=task.task,
                 num_components=num_components,
                 seed=seed,
-                output=out / "predictions" / f"{task.name}-{method.split()[0].rstrip(',')}.parquet",
+                output=out / "predictions" / f"{task.name}-{_first_word(method)}.parquet",
                 key=key,
                 progress=progress,
             )

@@ -228,7 +228,7 @@ def _open_array(path: str, _: int) -> Any:
 def _restore(stored: NDArray[np.int16], row: Row) -> NDArray[Any]:
     if row.slope == 1.0 and row.intercept == 0.0:
         return stored
-    return (stored.astype(np.float32) * np.float32(row.slope) + np.float32(row.intercept)).astype(np.float32)
+    return stored.astype(np.float32) * np.float32(row.slope) + np.float32(row.intercept)
 
 
 def open_for_writing(root: Path, header: dict[str, Any]) -> None:
