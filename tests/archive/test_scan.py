@@ -15,7 +15,7 @@ from hilum.errors import InputError, ScanRefused
 
 # Folder below dicom/ → what its README says a correct reader does: (verdict or reason, files), DICOM files only.
 EXPECTED = {
-    "ct_axial_j2k_siemens": [("used", 20)],
+    "ct_axial_j2k_siemens": [("repaired", 20)],
     "ct_gantry_tilt_variable_spacing_ge": [("irregular_spacing", 28)],
     "ct_mixed_study_philips_phantom": [
         ("dicomdir", 1), ("dicomdir", 1), ("dicomdir", 1), ("localizer", 1), ("secondary_capture", 2), ("used", 28),

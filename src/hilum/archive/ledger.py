@@ -16,7 +16,7 @@ import pyarrow as pa
 from hilum.errors import InputError
 from hilum.records import read_table, write_table
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,17 @@ REASONS: dict[str, Reason] = {
     "derived": Reason("A computed map, projection or curved reformat, not the acquired image.", False),
     "colour": Reason("A colour image.", False),
     "label_map": Reason("A label map: class numbers, not an image.", False),
-    "not_3d": Reason("Several volumes in one file (a time series or vectors).", False),
+    "not_3d": Reason("An image file whose axes are not space and time (vectors, spectra).", False),
     "constant": Reason("All voxels have one value: an empty image or an empty label map.", False),
     "duplicate_instance": Reason("A slice that exists twice (by SOPInstanceUID); one copy is used.", False),
     "too_few_slices": Reason("Fewer slices than asked for.", False),
+}
+
+# Cautions on a scan that is used: written "code: numbers". Guesses are marked as such.
+FLAGS: dict[str, str] = {
+    "modality_guessed": "CT or MR guessed from the values; the file does not say.",
+    "spacing_tag": "SpacingBetweenSlices disagrees with the positions, which count.",
+    "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
 }
 
 VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")
@@ -88,16 +95,19 @@ class Entry:
     patient, study   keyed hashes; "" when the files name none
     reader           "dicom", "nifti", "image", or "" when no reader took it
     modality         "CT", "MR", "OT" (unknown), or "" for what is no image
-    verdict          "used" or "refused"
-    reason, detail   a code of REASONS and the numbers behind it; detail alone carries remarks on a used scan
-    repairs          what had to be set right or guessed
+    reason, detail   a code of REASONS and the numbers behind it; "" when used
+    repairs          what had to be set right
+    flags            cautions on a used scan, "code: numbers" with a code of FLAGS
     num_slices, rows, columns   the stack as it was acquired (DICOM) or is stored (NIfTI); 0 when unknown
     spacing_mm       (between slices, between rows, between columns); None when unknown
     orientation      patient directions of slices, rows going down and columns going right, e.g. "SPL"
     shear_deg        departure from right angles, above 0 for gantry tilt
     manufacturer     vendor family of the VENDORS list, else "OTHER" or ""
     split_by         attribute that separated this volume from others in its series
-    paths            the files, in stacking order
+    study_day        days from a secret origin of the patient to the study: intervals hold, dates do not show
+    plane, region    guessed: axial, coronal, sagittal or oblique; head, neck, chest, abdomen, pelvis, …; "" when unknown
+    paths            the files, in stacking order; a file with several frames stands once for each frame
+    frames           for each of `paths` the frame, tile or time point in it; () when all are 0
     """
 
     key: str
@@ -105,10 +115,10 @@ class Entry:
     study: str = ""
     reader: str = ""
     modality: str = ""
-    verdict: str = "used"
     reason: str = ""
     detail: str = ""
     repairs: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     num_files: int = 1
     num_slices: int = 0
     rows: int = 0
@@ -119,15 +129,30 @@ class Entry:
     manufacturer: str = ""
     transfer_syntax: str = ""
     split_by: str = ""
+    study_day: int | None = None
+    plane: str = ""
+    region: str = ""
     paths: tuple[Path, ...] = ()
+    frames: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.verdict in ("used", "refused")
-        assert self.reason in REASONS if self.verdict == "refused" else not self.reason, self.reason
+        assert not self.reason or self.reason in REASONS, self.reason
+        assert all(f.split(":")[0] in FLAGS for f in self.flags), self.flags
 
     @property
     def used(self) -> bool:
-        return self.verdict == "used"
+        return not self.reason
+
+    @property
+    def verdict(self) -> str:
+        """ "used", "repaired" (used, after something was set right) or "refused"."""
+        return "refused" if self.reason else "repaired" if self.repairs else "used"
+
+
+def flag(code: str, numbers: str = "") -> str:
+    """A caution for `Entry.flags`."""
+    assert code in FLAGS, code
+    return f"{code}: {numbers}" if numbers else code
 
 
 LEDGER_SCHEMA = pa.schema(
@@ -141,6 +166,7 @@ LEDGER_SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("repairs", pa.list_(pa.string())),
+        ("flags", pa.list_(pa.string())),
         ("num_files", pa.int64()),
         ("num_slices", pa.int32()),
         ("rows", pa.int32()),
@@ -151,6 +177,9 @@ LEDGER_SCHEMA = pa.schema(
         ("manufacturer", pa.string()),
         ("transfer_syntax", pa.string()),
         ("split_by", pa.string()),
+        ("study_day", pa.int32()),
+        ("plane", pa.string()),
+        ("region", pa.string()),
     ]
 )
 PATHS_SCHEMA = pa.schema([("key", pa.string()), ("path", pa.string())])
@@ -183,7 +212,7 @@ def write_ledger(path: Path, entries: Sequence[Entry], *, archive_root: Path) ->
     where = [
         {"key": e.key, "path": p.relative_to(archive_root).as_posix().encode("utf-8", "backslashreplace").decode()}
         for e in sorted(entries, key=lambda e: e.key)
-        for p in e.paths
+        for p in dict.fromkeys(e.paths)
     ]
     write_table(path.with_name(f"{path.stem}.paths.parquet"), pa.Table.from_pylist(where, schema=PATHS_SCHEMA))
 
@@ -195,7 +224,8 @@ def read_ledger(path: Path) -> list[Entry]:
         raise InputError(f"{path} is no ledger of this version; make one with: hilum scan ARCHIVE -o {path}")
     rows: list[dict[str, Any]] = table.select(LEDGER_SCHEMA.names).to_pylist()
     for row in rows:
-        row["repairs"] = tuple(row["repairs"])
+        del row["verdict"]
+        row["repairs"], row["flags"] = tuple(row["repairs"]), tuple(row["flags"])
         row["spacing_mm"] = row["spacing_mm"] and tuple(row["spacing_mm"])
     return [Entry(**row) for row in rows]
 

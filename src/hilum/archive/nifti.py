@@ -118,7 +118,7 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
     """Read one NIfTI file. Raises ScanRefused, also for label maps.
 
     returns  a volume as `hilum.volume.to_slices` leaves it; modality "CT" with unit HU when the values prove it, else
-             "OT"; a note when the modality was guessed
+             "OT"; no repairs
 
     Voxels are int16 when all values are whole and fit, else float32.
     """
@@ -130,7 +130,7 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
     compact = _compact(voxels)
     ct = looks_like_hu(compact)
     vol = Volume(voxels=compact, affine=header.affine, modality="CT" if ct else "OT", unit="HU" if ct else "")
-    return to_slices(vol), ("modality guessed from values: CT",) if ct else ()
+    return to_slices(vol), ()
 
 
 def read_label(path: Path) -> Volume:

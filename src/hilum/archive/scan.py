@@ -15,20 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from hilum.archive import dicom, image, nifti
-from hilum.archive.dicom_file import Header, looks_like_dicom, read_header
-from hilum.archive.ledger import Entry
+from hilum.archive.dicom.header import Header, looks_like_dicom, read_header
+from hilum.archive.ledger import Entry, flag
+from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import GeometryError, InputError, ScanRefused
 from hilum.terminal import Progress
 from hilum.volume import Volume
 
-Reader = Callable[[Sequence[Path]], tuple[Volume, tuple[str, ...]]]
+Reader = Callable[[Entry, Policy], tuple[Volume, tuple[str, ...]]]
+"""The voxels of one used entry, and the repairs they needed. Raises ScanRefused."""
 
 READERS: dict[str, Reader] = {
-    "dicom": dicom.read,
-    "nifti": lambda paths: nifti.read(paths[0]),
-    "image": lambda paths: image.read(paths[0]),
+    "dicom": lambda entry, policy: dicom.read(entry.paths, entry.frames, policy),
+    "nifti": lambda entry, policy: nifti.read(entry.paths[0]),
+    "image": lambda entry, policy: image.read(entry.paths[0]),
 }
 
 MANY_FILES = 2000  # from here on, starting processes pays
@@ -117,10 +119,10 @@ def read_scan(entry: Entry) -> Volume:
     return read_entry(entry)[0]
 
 
-def read_entry(entry: Entry) -> tuple[Volume, tuple[str, ...]]:
+def read_entry(entry: Entry, policy: Policy = AS_IS) -> tuple[Volume, tuple[str, ...]]:
     """The voxels of a used entry, and what had to be repaired in them. Raises ScanRefused."""
     try:
-        return READERS[entry.reader](entry.paths)
+        return READERS[entry.reader](entry, policy)
     except GeometryError as error:
         raise ScanRefused("no_geometry", str(error)) from None
     except MemoryError:
@@ -136,13 +138,19 @@ def check(entry: Entry) -> Entry:
     return with_volume(entry, vol, notes)
 
 
-def with_volume(entry: Entry, vol: Volume, notes: Sequence[str]) -> Entry:
+def with_volume(entry: Entry, vol: Volume, repairs: Sequence[str]) -> Entry:
     """An entry that knows what reading its voxels showed."""
-    return replace(entry, modality=vol.modality, repairs=tuple(dict.fromkeys((*entry.repairs, *notes))))
+    guessed = (flag("modality_guessed", vol.modality),) if vol.modality != entry.modality else ()
+    return replace(
+        entry,
+        modality=vol.modality,
+        repairs=tuple(dict.fromkeys((*entry.repairs, *repairs))),
+        flags=tuple(dict.fromkeys((*entry.flags, *guessed))),
+    )
 
 
 def refuse(entry: Entry, reason: str, detail: str = "") -> Entry:
-    return replace(entry, verdict="refused", reason=reason, detail=detail)
+    return replace(entry, reason=reason, detail=detail)
 
 
 def crashed(entry: Entry) -> Entry:
@@ -159,7 +167,7 @@ def examine(listing: Listing, key: Key, nifti_voxels: bool, progress: Progress |
     num_workers = min(default_num_workers(), 2) if len(names) >= MANY_FILES else 1
     headers: list[Header] = []
     entries = [
-        Entry(key=key.hash("item", c), verdict="refused", reason="unreadable", detail="a closed folder", num_files=0,
+        Entry(key=key.hash("item", c), reason="unreadable", detail="a closed folder", num_files=0,
               paths=(listing.root / c,))
         for c in listing.closed
     ]  # fmt: skip
@@ -210,9 +218,7 @@ def _look_at(name: str, root: Path, key: Key, nifti_voxels: bool) -> Header | En
 
 
 def _loose(name: str, root: Path, key: Key, reason: str, detail: str = "", reader: str = "") -> Entry:
-    return Entry(
-        key=key.hash("item", name), reader=reader, verdict="refused", reason=reason, detail=detail, paths=(root / name,)
-    )
+    return Entry(key=key.hash("item", name), reader=reader, reason=reason, detail=detail, paths=(root / name,))
 
 
 def _look_at_nifti(name: str, root: Path, key: Key, voxels: bool) -> Entry:

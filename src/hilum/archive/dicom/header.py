@@ -15,14 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-from pydicom import dcmread
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_partial
-from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
@@ -32,8 +28,6 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     RLELossless,
 )
-
-from hilum.errors import ScanRefused
 
 # pydicom's own messages may quote identifiers; what matters in them reaches the ledger as a reason instead.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -59,7 +53,7 @@ _LAST_TAG = max(_TAGS.values())
 _PIXEL_DATA = 0x7FE00010
 _HEADER_TAGS = [Tag(tag) for tag in _TAGS.values()]
 # and: planar configuration, offset tables, pixels
-_SLICE_TAGS = [*_HEADER_TAGS, *map(Tag, (0x00280006, 0x7FE00001, 0x7FE00002, _PIXEL_DATA))]
+SLICE_TAGS = [*_HEADER_TAGS, *map(Tag, (0x00280006, 0x7FE00001, 0x7FE00002, _PIXEL_DATA))]
 
 _CLASSES = "1.2.840.10008.5.1.4.1.1."
 CT_IMAGE, MR_IMAGE = _CLASSES + "2", _CLASSES + "4"
@@ -155,7 +149,7 @@ def looks_like_dicom(head: bytes) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """pydicom warns about odd values; each that matters is checked here by name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -172,9 +166,9 @@ def read_header(handle: BinaryIO, path: Path) -> Header:
     forced = handle.read(132)[128:] != b"DICM"
     handle.seek(0)
     try:
-        with _quiet():
+        with quiet():
             data = read_partial(handle, _beyond, specific_tags=_HEADER_TAGS, force=forced)
-            return _describe(data, path, size, forced)
+            return describe(data, path, size, forced)
     except BROKEN as error:
         return Header(path=path, size=size, refusal="corrupt", detail=f"DICOM header ({type(error).__name__})")
 
@@ -183,7 +177,7 @@ def _beyond(tag: int, vr: str | None, length: int) -> bool:
     return int.__gt__(tag, _LAST_TAG)  # the operator of pydicom's tag class is ten times slower
 
 
-def _describe(data: Dataset, path: Path, size: int, forced: bool) -> Header:
+def describe(data: Dataset, path: Path, size: int, forced: bool) -> Header:
     text = _Texts(data)
     meta = data.file_meta
     repairs = ["no preamble or meta header"] if forced and "TransferSyntaxUID" not in meta else []
@@ -253,13 +247,14 @@ def _refusal(text: "_Texts", sop_class: str, modality: str, size: int) -> tuple[
     rows, columns, bits = (_integer(text[k]) for k in ("Rows", "Columns", "BitsAllocated"))
     if not rows or not columns or not bits:
         return "truncated", "the header ends before it describes the pixels"
-    if text.syntax in _PLAIN and size < rows * columns * bits // 8:
+    if text.syntax in PLAIN and size < rows * columns * bits // 8:
         return "truncated", f"{size} bytes, expected at least {rows * columns * bits // 8}"
     return "", ""
 
 
-_PLAIN = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
-_DEFLATED, _RLE = DeflatedExplicitVRLittleEndian, RLELossless
+PLAIN = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+# Syntaxes whose decoder hands out stored words as they are; the others hand out numbers.
+WORDS = (*PLAIN, DeflatedExplicitVRLittleEndian, RLELossless)
 
 
 class _Texts:
@@ -312,68 +307,3 @@ def _patient_id(data: Dataset) -> str:
     if isinstance(raw, bytes) and raw.isascii():
         return raw.decode("ascii").strip(" \0")
     return str(data[tag].value or "").strip(" \0")
-
-
-def read_slice(path: Path) -> tuple[Header, NDArray[Any], str]:
-    """One slice: its header and its stored pixels, before rescaling. Raises ScanRefused.
-
-    returns  header; (Y, X) integers of the file's own depth and sign; a note when unused high bits had to be cleared
-
-    Bits outside BitsStored may hold an old overlay (PS3.5 8.1.1) and are cleared.
-    """
-    name = "unknown transfer syntax"
-    try:
-        with _quiet():
-            data = dcmread(path, specific_tags=_SLICE_TAGS, force=True)
-            header = _describe(data, path, path.stat().st_size, forced=not data.preamble)
-            if header.refusal:
-                raise ScanRefused(header.refusal, header.detail)
-            if _PIXEL_DATA not in data:
-                raise ScanRefused("truncated", "no pixel data")
-            syntax = data.file_meta.get("TransferSyntaxUID") or _guess_syntax(data)
-            name = UID(syntax).name
-            _check_length(data, syntax)
-            pixels, _ = get_decoder(syntax).as_array(data, raw=True, view_only=True, correct_unused_bits=False)
-    except (PermissionError, FileNotFoundError) as error:
-        raise ScanRefused("unreadable", type(error).__name__) from None
-    except BROKEN as error:
-        raise ScanRefused("cannot_decode", f"{name} ({type(error).__name__})") from None
-    if pixels.ndim != 2:
-        raise ScanRefused("cannot_decode", f"{name}: {pixels.ndim} axes decoded, expected rows and columns")
-    return header, *_clear_unused_bits(pixels, data, words=syntax in (*_PLAIN, _DEFLATED, _RLE))
-
-
-def _guess_syntax(data: Dataset) -> UID:
-    """A file without meta header is in one of the three plain syntaxes; pydicom has found out which."""
-    implicit, little = data.original_encoding
-    return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-
-
-def _check_length(data: Dataset, syntax: str) -> None:
-    if syntax not in _PLAIN:
-        return
-    expected = int(data.Rows) * int(data.Columns) * int(data.BitsAllocated) // 8
-    found = len(data.get_item(_PIXEL_DATA).value or b"")
-    if found < expected:
-        raise ScanRefused("truncated", f"{found} of {expected} bytes of pixel data")
-
-
-def _clear_unused_bits(pixels: NDArray[Any], data: Dataset, *, words: bool) -> tuple[NDArray[Any], str]:
-    """Keep the BitsStored bits that end at HighBit, with their sign.
-
-    words  the decoder hands out stored words as they are; else it hands out numbers, which must fit already
-    """
-    allocated, stored = pixels.dtype.itemsize * 8, int(data.BitsStored)
-    high = int(data.get("HighBit", stored - 1))
-    if not 0 < stored <= high + 1 <= allocated:
-        raise ScanRefused("cannot_decode", f"BitsStored {stored}, HighBit {high}, {allocated} bits decoded")
-    if stored == allocated:
-        return pixels, ""
-    if not words:
-        low = -(1 << (stored - 1)) if np.issubdtype(pixels.dtype, np.signedinteger) else 0
-        if pixels.min() < low or pixels.max() >= low + (1 << stored):
-            raise ScanRefused("cannot_decode", f"decoded values exceed BitsStored {stored}")
-        return pixels, ""
-    cleared = (pixels << (allocated - 1 - high)) >> (allocated - stored)
-    changed = high == stored - 1 and bool((cleared != pixels).any())
-    return cleared, "bits outside BitsStored cleared" if changed else ""
