@@ -179,6 +179,31 @@ def resample(vol: Volume, spacing_mm: Spacing) -> Volume:
     return replace(vol, voxels=voxels, affine=out)
 
 
+def straighten(vol: Volume, fill: float) -> Volume:
+    """Resample a sheared volume (gantry tilt) into a right-angled box that holds all of it.
+
+    fill     value outside the scan, e.g. -1024 for CT
+    returns  rows and columns keep direction and spacing; slices are perpendicular to them, as far apart as the planes
+             were; intensities are interpolated linearly, labels take the nearest voxel
+    """
+    affine = vol._affine("straighten")
+    slices, rows, columns = affine[:3, :3].T
+    normal = np.cross(columns, rows)
+    normal /= np.linalg.norm(normal) * np.sign(normal @ slices)
+    axes = np.stack([normal * (normal @ slices), rows, columns], 1)
+    # Corners of the old box, counted in the axes of the new one from the old origin.
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(vol.shape) - 1)
+    inside = corners @ np.linalg.solve(axes, affine[:3, :3]).T
+    low, high = np.floor(inside.min(0) + 1e-6), np.ceil(inside.max(0) - 1e-6)
+    out = np.eye(4)
+    out[:3, :3], out[:3, 3] = axes, affine[:3, 3] + axes @ low
+    step = np.linalg.solve(affine[:3, :3], axes).round(9)  # so that a voxel on the border stays inside
+    order = 1 if vol.kind == "intensity" else 0
+    shape = tuple((high - low + 1).astype(int).tolist())
+    voxels = ndimage.affine_transform(vol.voxels, step, step @ low, shape, order=order, mode="constant", cval=fill)
+    return replace(vol, voxels=voxels, affine=out)
+
+
 def crop_or_pad(vol: Volume, start: tuple[int, int, int], shape: tuple[int, int, int], fill: float) -> Volume:
     """Cut the box that begins at index `start`; parts outside the scan are filled.
 

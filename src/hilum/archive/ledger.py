@@ -40,9 +40,10 @@ REASONS: dict[str, Reason] = {
     "reader_crashed": Reason("The reading process died on this scan; it was left out, the others went on.", True),
     "no_geometry": Reason("Position, orientation or spacing is missing or not usable.", True),
     "bad_orientation": Reason("The direction vectors are not of unit length or not at right angles.", True),
-    "mixed_orientations": Reason("One series holds slices of several orientations; they are no volume.", True),
+    "mixed_orientations": Reason("Nearly every slice has its own orientation: a radial scan, no stack.", True),
     "mixed_patients": Reason("One series identifier is shared by several patients or studies.", True),
-    "irregular_spacing": Reason("The distance between slices changes: slices are missing or two spacings mixed.", True),
+    "missing_slices": Reason("Slices are missing: some distances are multiples of the others.", True),
+    "irregular_spacing": Reason("The distance between slices changes, not in whole multiples.", True),
     "positions_not_on_a_line": Reason("The slice positions do not lie on one straight line.", True),
     "duplicate_positions": Reason("Several slices share a position and no attribute tells the volumes apart.", True),
     "incomplete_volume": Reason("This part of a split series has fewer slices than its sisters.", True),
@@ -81,6 +82,7 @@ REASONS: dict[str, Reason] = {
 FLAGS: dict[str, str] = {
     "modality_guessed": "CT or MR guessed from the values; the file does not say.",
     "spacing_tag": "SpacingBetweenSlices disagrees with the positions, which count.",
+    "split_by_order": "Volumes told apart by the order of InstanceNumber alone; no other attribute does.",
     "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
 }
 

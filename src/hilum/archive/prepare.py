@@ -153,7 +153,7 @@ def _fill(
 ) -> None:
     """Everything between an opened store and a complete one."""
     min_slices = header["min_slices"]
-    entries = {e.key: _set_aside_short(e, min_slices) for e in examine(listing, key, False, progress)}
+    entries = {e.key: _set_aside_short(e, min_slices) for e in examine(listing, key, False, progress=progress)}
     done = _read_part_ledgers(store)
     todo = [e for e in entries.values() if e.used and e.key not in done]
     part: list[Done] = []

@@ -106,12 +106,12 @@ def scan(
     return sorted(checked, key=lambda e: e.key)
 
 
-def find(path: str | Path, key: Key, *, progress: Progress | None = None) -> list[Entry]:
+def find(path: str | Path, key: Key, *, policy: Policy = AS_IS, progress: Progress | None = None) -> list[Entry]:
     """The scans in a folder or one file, from headers alone; label maps in NIfTI show only when read."""
     path = Path(path)
     one = path.is_file()
     listing = Listing(path.parent, ((path.name, path.stat().st_size),), ()) if one else walk(path)
-    return examine(listing, key, nifti_voxels=False, progress=progress)
+    return examine(listing, key, nifti_voxels=False, policy=policy, progress=progress)
 
 
 def read_scan(entry: Entry) -> Volume:
@@ -157,7 +157,9 @@ def crashed(entry: Entry) -> Entry:
     return refuse(entry, "reader_crashed", entry.transfer_syntax)
 
 
-def examine(listing: Listing, key: Key, nifti_voxels: bool, progress: Progress | None = None) -> list[Entry]:
+def examine(
+    listing: Listing, key: Key, nifti_voxels: bool, policy: Policy = AS_IS, progress: Progress | None = None
+) -> list[Entry]:
     """Classify every file of a listing and group the DICOM files into series.
 
     nifti_voxels  read NIfTI voxels for their verdict; without, label maps count as scans until they are read
@@ -181,7 +183,7 @@ def examine(listing: Listing, key: Key, nifti_voxels: bool, progress: Progress |
             done += len(batch)
             if progress:
                 progress(done, len(names), "looking at files")
-    entries += dicom.entries(headers, listing.root, key)
+    entries += dicom.entries(headers, listing.root, key, policy)
     return sorted(entries, key=lambda e: e.key)
 
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hilum.archive.dicom.header import Header
+from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray
 
 SAME_DIRECTION = 1e-3  # largest difference of two direction cosines that count as equal
+MAX_ORIENTATIONS = 100
 SMALLEST_MM = 0.01  # positions nearer than this are one position; spacings below it are no spacings
 
 
@@ -20,14 +24,16 @@ class Stack:
     order    index of the input header for each slice
     affine   4×4, (k, j, i, 1) → LPS mm; k runs through the slices towards Left, Posterior or Superior
     step_mm  distance of neighbouring slice planes
+    at       where the slices lie, in steps from the first; () when they lie at 0, 1, 2, …
     """
 
     order: tuple[int, ...]
     affine: FloatArray
     step_mm: float
+    at: tuple[float, ...] = ()
 
 
-def stack(headers: Sequence[Header]) -> Stack:
+def stack(headers: Sequence[Header], policy: Policy = AS_IS) -> Stack:
     """Find the box that slices make up. Raises ScanRefused when they make up none.
 
     Gantry tilt moves each slice within its plane by a constant amount: the affine is then sheared, which is legal. One
@@ -42,27 +48,27 @@ def stack(headers: Sequence[Header]) -> Stack:
     positions = np.array([h.position for h in headers])
     along = positions @ normal
     order = np.argsort(along, kind="stable")
+    at: tuple[float, ...] = ()
     if len(headers) == 1:
         if headers[0].thickness < SMALLEST_MM:
             raise ScanRefused("no_geometry", "one slice without SliceThickness: its extent is unknown")
         axis = normal * headers[0].thickness
     else:
-        axis = _slice_axis(positions[order], along[order], normal)
+        axis, at = _slice_axis(positions[order], along[order], normal, policy)
     affine = np.eye(4)
     # PS3.3 C.7.6.2.1.1: PixelSpacing[1] is the distance between columns, walked along the row direction.
     affine[:3, :3] = np.stack([axis, column * spacing[0], row * spacing[1]], 1)
     affine[:3, 3] = positions[order[0]]
-    return Stack(tuple(order.tolist()), affine, float(abs(axis @ normal)))
+    return Stack(tuple(order.tolist()), affine, float(abs(axis @ normal)), at)
 
 
 def directions(headers: Sequence[Header]) -> tuple[FloatArray, FloatArray]:
-    """The common row and column direction, of unit length."""
+    """The common row and column direction, of unit length. Raises ScanRefused."""
     if any(len(h.orientation) != 6 or len(h.position) != 3 for h in headers):
         raise ScanRefused("no_geometry", "ImagePositionPatient or ImageOrientationPatient missing or not numeric")
     orientations = np.array([h.orientation for h in headers])
     if np.abs(orientations - orientations[0]).max() > SAME_DIRECTION:
-        count = len(np.unique(np.round(orientations, 2) + 0.0, axis=0))
-        raise ScanRefused("mixed_orientations", f"{count} orientations in {len(headers)} slices")
+        raise ScanRefused("mixed_orientations", f"{len(by_orientation(headers))} orientations in {len(headers)} slices")
     row, column = orientations[0].reshape(2, 3)
     lengths = float(np.linalg.norm(row)), float(np.linalg.norm(column))
     if max(abs(length - 1) for length in lengths) > SAME_DIRECTION:
@@ -73,29 +79,103 @@ def directions(headers: Sequence[Header]) -> tuple[FloatArray, FloatArray]:
     return row, column
 
 
-def _slice_axis(positions: FloatArray, along: FloatArray, normal: FloatArray) -> FloatArray:
-    """The vector from one slice to the next, from ordered positions (N, 3) and their distance along the normal."""
+def by_orientation(headers: Sequence[Header]) -> dict[tuple[float, ...], list[Header]]:
+    """Slices of equal orientation together. The result does not depend on the order of `headers`.
+
+    Raises ScanRefused `mixed_orientations` when there are more than MAX_ORIENTATIONS.
+    """
+    groups: dict[tuple[float, ...], list[Header]] = {}
+    for header in sorted(headers, key=lambda h: (h.orientation, h.path, h.frame)):
+        if len(groups) > MAX_ORIENTATIONS:
+            raise ScanRefused("mixed_orientations", f"more than {MAX_ORIENTATIONS} orientations")
+        near = next((o for o in groups if _equal(o, header.orientation)), header.orientation)
+        groups.setdefault(near, []).append(header)
+    return groups
+
+
+def _equal(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(abs(x - y) <= SAME_DIRECTION for x, y in zip(a, b))
+
+
+def _slice_axis(
+    positions: FloatArray, along: FloatArray, normal: FloatArray, policy: Policy
+) -> tuple[FloatArray, tuple[float, ...]]:
+    """The vector from one slice to the next, from ordered positions (N, 3) and their distance along the normal.
+
+    returns  axis in mm; () or, when gaps are accepted, the place of each slice in steps
+    """
     steps = np.diff(along)
-    step = float(np.median(steps))
-    tolerance = max(0.01 * step, 0.05)
     if steps.min() < SMALLEST_MM:
         n = int((steps < SMALLEST_MM).sum())
         raise ScanRefused("duplicate_positions", f"{n} of {len(positions)} slices share a position with another")
-    odd = np.flatnonzero(np.abs(steps - step) > tolerance)
-    if odd.size:
-        more = f" ({odd.size} such steps)" if odd.size > 1 else ""
-        raise ScanRefused(
-            "irregular_spacing",
-            f"gap of {round(steps[odd[0]], 2)} mm after slice {odd[0] + 1}, expected {round(step, 2)} mm{more}",
-        )
-    axis: FloatArray = (positions[-1] - positions[0]) / (len(positions) - 1)
-    residual = positions - positions[0] - np.arange(len(positions))[:, None] * axis
-    off_step = np.abs(residual @ normal)
-    if off_step.max() > max(0.1 * step, 0.1):  # steps that are all within tolerance may still add up
-        raise ScanRefused(
-            "irregular_spacing", f"positions stray {off_step.max():.2f} mm from even steps of {step:.3g} mm"
-        )
+    step = float(np.median(steps))
+    tolerance = max(0.01 * step, 0.05)
+    length = along[-1] - along[0]
+    per_mm = (positions[-1] - positions[0]) / length
+    residual = positions - positions[0] - (along - along[0])[:, None] * per_mm
     off_line = np.linalg.norm(residual - np.outer(residual @ normal, normal), axis=1)
+    even = np.arange(len(along)) * length / (len(along) - 1)
+    strays = float(np.abs(along - along[0] - even).max())  # steps that are all within tolerance may still add up
+    at: tuple[float, ...] = ()
+    if np.abs(steps - step).max() > tolerance or strays > max(0.1 * step, 0.1):
+        refusal = _uneven(steps, step, tolerance, strays)
+        if steps.max() > policy.accept_gap_mm:
+            raise refusal
+        step = float(steps.min()) if refusal.reason == "missing_slices" else step
+        step = length / max(round(length / step), 1)
+        at = tuple(((along - along[0]) / step).round(6).tolist())
+    else:
+        step = length / (len(along) - 1)
     if off_line.max() > tolerance:
         raise ScanRefused("positions_not_on_a_line", f"slice {off_line.argmax() + 1} is {off_line.max():.2f} mm off")
-    return axis
+    return per_mm * step, at
+
+
+def _uneven(steps: FloatArray, step: float, tolerance: float, strays: float) -> ScanRefused:
+    """What kind of unevenness this is.
+
+    Slices are missing when all steps are multiples of the smallest and at most half as many are missing as are there
+    (more is a scan with two spacings).
+    """
+    multiple = steps / steps.min()
+    whole = np.rint(multiple)
+    missing = int((whole - 1).sum())
+    if 0 < missing <= len(steps) / 2 and np.abs(multiple - whole).max() * steps.min() <= 2 * tolerance:
+        after = np.flatnonzero(whole > 1)
+        places = ", ".join(str(n + 1) for n in after[:5]) + (", …" if len(after) > 5 else "")
+        return ScanRefused(
+            "missing_slices",
+            f"{missing} missing, after slice {places} of {len(steps) + 1}: gaps of up to {steps.max():.2f} mm, "
+            f"expected {steps.min():.2f} mm",
+        )
+    odd = np.flatnonzero(np.abs(steps - step) > tolerance)
+    if not odd.size:
+        return ScanRefused("irregular_spacing", f"positions stray {strays:.2f} mm from even steps of {step:.3g} mm")
+    more = f" ({odd.size} such steps)" if odd.size > 1 else ""
+    return ScanRefused(
+        "irregular_spacing",
+        f"gap of {round(steps[odd[0]], 2)} mm after slice {odd[0] + 1}, expected {round(step, 2)} mm{more}, "
+        f"steps from {steps.min():.2f} to {steps.max():.2f} mm",
+    )
+
+
+def even_slices(voxels: NDArray[Any], at: Sequence[float]) -> tuple[NDArray[Any], int]:
+    """Put slices on even steps by linear interpolation between neighbours.
+
+    voxels   (N, Y, X)
+    at       where they lie, in steps from the first, rising; the last is a whole number M - 1
+    returns  (M, Y, X) of the same type; how many of the M slices are no slice as it was acquired
+    """
+    where = np.asarray(at)
+    out = np.empty((round(where[-1]) + 1, *voxels.shape[1:]), voxels.dtype)
+    made = 0
+    for k in range(len(out)):
+        right = int(np.searchsorted(where, k - 0.01))
+        if abs(where[right] - k) <= 0.01:
+            out[k] = voxels[right]
+            continue
+        made += 1
+        weight = (k - where[right - 1]) / (where[right] - where[right - 1])
+        between = voxels[right - 1] * (1 - weight) + voxels[right] * weight
+        out[k] = np.rint(between) if voxels.dtype.kind in "iu" else between
+    return out, made

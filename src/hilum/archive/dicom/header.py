@@ -45,8 +45,8 @@ _TAGS = {
         "PatientID", "SliceThickness", "EchoTime", "EchoNumbers", "SpacingBetweenSlices", "TriggerTime",
         "DiffusionBValue", "StudyInstanceUID", "SeriesInstanceUID", "AcquisitionNumber", "ImagePositionPatient",
         "ImageOrientationPatient", "TemporalPositionIdentifier", "SamplesPerPixel", "PhotometricInterpretation",
-        "NumberOfFrames", "Rows", "Columns", "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit",
-        "PixelRepresentation", "RescaleIntercept", "RescaleSlope", "RescaleType",
+        "NumberOfFrames", "InstanceNumber", "StudyDate", "Rows", "Columns", "PixelSpacing", "BitsAllocated",
+        "BitsStored", "HighBit", "PixelRepresentation", "RescaleIntercept", "RescaleSlope", "RescaleType",
     )
 }  # fmt: skip
 _LAST_TAG = max(_TAGS.values())
@@ -95,6 +95,8 @@ class Header:
     refusal      reason code when the file is no plain CT or MR slice, with its `detail`; "" when it is
     position, orientation, pixel_spacing   in mm, () when absent or unusable
     slope, intercept                       None when absent
+    number       InstanceNumber, 0 when absent
+    frame        of the file that this slice is; 0 in a file with one slice
     splits       values that may tell the volumes of one series apart, by keyword
     """
 
@@ -119,6 +121,9 @@ class Header:
     spacing_tag: float = 0.0
     slope: float | None = None
     intercept: float | None = None
+    number: int = 0
+    frame: int = 0
+    study_date: str = ""
     splits: dict[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
 
@@ -214,6 +219,8 @@ def describe(data: Dataset, path: Path, size: int, forced: bool) -> Header:
         spacing_tag=sum(text.numbers("SpacingBetweenSlices", 1)),
         slope=next(iter(text.numbers("RescaleSlope", 1)), None),
         intercept=next(iter(text.numbers("RescaleIntercept", 1)), None),
+        number=_integer(text["InstanceNumber"]),
+        study_date=text["StudyDate"],
         splits={k: text[k] for k in SPLIT_KEYWORDS if text[k]},
         repairs=tuple(repairs),
     )

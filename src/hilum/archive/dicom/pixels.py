@@ -11,13 +11,14 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from hilum.archive.dicom.geometry import stack
+from hilum.archive.dicom.geometry import even_slices, stack
 from hilum.archive.dicom.header import BROKEN, PLAIN, SLICE_TAGS, WORDS, Header, describe, quiet
 from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
-from hilum.volume import Volume, to_slices
+from hilum.volume import Volume, straighten, to_slices
 
 _PIXEL_DATA = 0x7FE00010
+SMALLEST_TILT_DEG = 0.1  # below, the sheared affine is a rounding of positions
 _WIDER = [np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32)]  # each holds the values of those before
 
 
@@ -49,9 +50,12 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
         voxels[n] = plane
     if voxels is None:
         raise ScanRefused("no_geometry", "no files")
-    found = stack(headers)
+    found = stack(headers, policy)
     if found.order != tuple(range(len(headers))):
         voxels = voxels[list(found.order)]
+    if found.at:
+        voxels, made = even_slices(voxels, found.at)
+        notes.add(f"{made} of {len(voxels)} slices interpolated")
     low, high = voxels.min(), voxels.max()
     if low == high:
         raise ScanRefused("constant", f"all voxels {float(low):g}")
@@ -59,6 +63,9 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
         voxels = voxels.astype(np.int16 if low >= -32768 and high <= 32767 else np.float32)
     modality = headers[0].modality
     vol = Volume(voxels=voxels, affine=found.affine, modality=modality, unit="HU" if modality == "CT" else "")
+    if policy.resample_tilt and vol.shear_deg > SMALLEST_TILT_DEG:
+        notes.add(f"tilt of {vol.shear_deg:.2f} degrees resampled to a right-angled box")
+        vol = straighten(vol, fill=-1024.0 if vol.unit == "HU" else float(vol.voxels.min()))
     return to_slices(vol, through=0), tuple(sorted(notes))
 
 

@@ -1,150 +1,207 @@
-"""DICOM series: files → volumes, right or refused.
+"""DICOM series: slices → volumes, right or refused, as ledger rows.
 
-Files are grouped by SeriesInstanceUID, never by folder or name. A series is split only when it must be (several matrix
-sizes, or several slices at one position), by an attribute that is recorded. Order and spacing come from
-ImagePositionPatient along the slice normal alone; SliceThickness and SpacingBetweenSlices are never trusted for them.
+Files are grouped by SeriesInstanceUID, never by folder or name. A series is split only when it must be: several matrix
+sizes, several orientations, or several slices at one position; the attribute that tells the parts apart is recorded.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from hilum.archive.dicom.geometry import SMALLEST_MM, Stack, directions, stack
-from hilum.archive.dicom.header import SPLIT_KEYWORDS, Header
+from hilum.archive.dicom.apart import tell_apart
+from hilum.archive.dicom.geometry import Stack, by_orientation, directions, stack
+from hilum.archive.dicom.header import Header
 from hilum.archive.ledger import Entry, flag, vendor_family
+from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key
 from hilum.errors import ScanRefused
 from hilum.volume import Volume
 
+LOCALIZER_SLICES = 15  # a series of three planes at right angles with at most so many slices each is a localizer
 
-def entries(headers: Iterable[Header], root: Path, key: Key) -> list[Entry]:
-    """Sort the DICOM files of an archive into ledger rows: each file in exactly one.
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Slices of one series that stand or fall together.
+
+    reason, detail   why they are refused; "" when they may be a volume
+    split_by, value  attributes that tell them from the rest of the series, and their values; "" for a whole series
+    """
+
+    slices: list[Header]
+    reason: str = ""
+    detail: str = ""
+    split_by: str = ""
+    value: str = ""
+    flags: tuple[str, ...] = ()
+
+    def split(self, keyword: str, value: str, slices: list[Header]) -> "_Part":
+        """A part of this part."""
+        return replace(
+            self,
+            slices=slices,
+            split_by=",".join(k for k in (self.split_by, keyword) if k),
+            value=",".join(v for v in (self.value, value) if v),
+        )
+
+
+def series_name(header: Header, root: Path) -> str:
+    """What files of one series share: SeriesInstanceUID.
+
+    Without that identifier, what lies in one folder belongs together, and what is refused stands alone ("item:…").
+    """
+    if header.series_uid:
+        return header.series_uid
+    where = PurePosixPath((header.path if header.refusal else header.path.parent).relative_to(root)).as_posix()
+    return f"item:{where}" if header.refusal else f"item:{where}|{header.study_uid}|{header.patient_id}"
+
+
+def entries(headers: Iterable[Header], root: Path, key: Key, policy: Policy = AS_IS) -> list[Entry]:
+    """Sort the DICOM files of an archive into ledger rows: each file is counted in exactly one.
 
     headers  of every DICOM file, in any order
     root     of the archive; paths break ties, so the result does not depend on the order of `headers`
     """
     series: dict[str, list[Header]] = defaultdict(list)
-    for header in sorted(headers, key=lambda h: h.path):
-        name = header.series_uid
-        if not name:  # no identifier: what lies in one folder belongs together, what is refused stands alone
-            where = PurePosixPath((header.path if header.refusal else header.path.parent).relative_to(root)).as_posix()
-            name = f"item:{where}" if header.refusal else f"item:{where}|{header.study_uid}|{header.patient_id}"
-        series[name].append(header)
+    for header in sorted(headers, key=lambda h: (h.path, h.frame)):
+        series[series_name(header, root)].append(header)
     rows: list[Entry] = []
     for name in sorted(series):
-        rows += _series_entries(name, series[name], key)
+        counted: set[Path] = set()  # frames of one file may go to several volumes
+        for part in _parts(series[name]):
+            entry = _entry(name, key, part, policy)
+            files = set(entry.paths) - counted
+            counted |= files
+            rows.append(replace(entry, num_files=len(files)))
     return rows
 
 
-def _series_entries(name: str, headers: list[Header], key: Key) -> list[Entry]:
-    """The rows of one series: its volumes, and what in it was set aside."""
-    parts: list[tuple[str, str, str, str, list[Header]]] = []  # reason, detail, split_by, suffix of the key, files
+def _parts(headers: list[Header]) -> list[_Part]:
+    """What was set aside in one series, by reason, and its volumes."""
     usable: list[Header] = []
     aside: dict[str, list[Header]] = defaultdict(list)
-    seen: set[str] = set()
+    seen: set[tuple[str, int]] = set()
     for header in headers:
+        instance = header.instance_uid, header.frame
         if header.refusal:
             aside[header.refusal].append(header)
-        elif header.instance_uid and header.instance_uid in seen:
+        elif header.instance_uid and instance in seen:
             aside["duplicate_instance"].append(header)
         else:
-            seen.add(header.instance_uid)
+            seen.add(instance)
             usable.append(header)
+    parts = []
     for reason in sorted(aside):
         detail = aside[reason][0].detail if len({h.detail for h in aside[reason]}) == 1 else ""
-        parts.append((reason, detail, "", reason if len(aside[reason]) < len(headers) else "", aside[reason]))
-    if usable:
-        parts += [(r, d, by, value, files) for r, d, by, value, files in _volumes(usable)]
-    return [_entry(name, key, *part) for part in parts]
+        value = reason if len(aside[reason]) < len(headers) else ""
+        parts.append(_Part(slices=aside[reason], reason=reason, detail=detail, value=value))
+    return parts + (_volumes(usable) if usable else [])
 
 
-def _volumes(headers: list[Header]) -> list[tuple[str, str, str, str, list[Header]]]:
-    """Split plain slices of one series into volumes: (reason, detail, split_by, split value, files)."""
+def _volumes(headers: list[Header]) -> list[_Part]:
+    """Split the plain slices of one series into volumes."""
+    whole = _Part(slices=headers)
     if len({(h.patient_id, h.study_uid) for h in headers}) > 1:
-        return [("mixed_patients", "", "", "", headers)]
-    try:
-        directions(headers)
-    except ScanRefused as refused:
-        return [(refused.reason, refused.detail, "", "", headers)]
-    volumes = []
-    sizes = _group(headers, lambda h: f"{h.rows}x{h.columns} {h.pixel_spacing} {h.modality}")
-    for size, same_size in sizes.items():
-        by_size = ("Rows,Columns,PixelSpacing", size) if len(sizes) > 1 else ("", "")
-        for keyword, value, files, reason, detail in _split_positions(same_size):
-            split_by = ",".join(k for k in (by_size[0], keyword) if k)
-            suffix = ",".join(v for v in (by_size[1], value) if v)
-            volumes.append((reason, detail, split_by, suffix, files))
+        return [replace(whole, reason="mixed_patients")]
+    volumes: list[_Part] = []
+    for size in _split(whole, "Rows,Columns,PixelSpacing", _by_size):
+        try:
+            orientations = _split(size, "ImageOrientationPatient", _by_orientation)
+            reason, detail = _not_stacks(orientations)
+        except ScanRefused as refused:
+            orientations, reason, detail = [size], refused.reason, refused.detail
+        if reason:
+            volumes.append(replace(size, reason=reason, detail=detail))
+            continue
+        for part in orientations:
+            volumes += _by_position(part)
     return volumes
 
 
-def _group(headers: Iterable[Header], value: Callable[[Header], str]) -> dict[str, list[Header]]:
+def _split(part: _Part, keyword: str, group: Callable[[list[Header]], dict[str, list[Header]]]) -> list[_Part]:
+    groups = group(part.slices)
+    if len(groups) == 1:
+        return [part]
+    return [part.split(keyword, value, slices) for value, slices in sorted(groups.items())]
+
+
+def _by_size(headers: list[Header]) -> dict[str, list[Header]]:
     groups: dict[str, list[Header]] = defaultdict(list)
     for header in headers:
-        groups[value(header)].append(header)
-    return dict(sorted(groups.items()))
+        groups[f"{header.rows}x{header.columns} {header.pixel_spacing} {header.modality}"].append(header)
+    return groups
 
 
-def _split_positions(headers: list[Header]) -> list[tuple[str, str, list[Header], str, str]]:
-    """Tell apart volumes that share positions: (keyword, value, files, reason, detail) of each.
-
-    The first attribute of SPLIT_KEYWORDS decides under which no position repeats, and which makes as many groups as the
-    fullest position has slices; one with groups of equal size goes before one without. A group with fewer slices than
-    the largest is refused as incomplete.
-    """
-    places = Counter(_place(h) for h in headers)
-    copies = max(places.values())
-    if copies == 1:
-        return [("", "", headers, "", "")]
-    best: tuple[str, dict[str, list[Header]]] | None = None
-    for keyword in SPLIT_KEYWORDS:
-        groups = _group(headers, lambda h, k=keyword: h.splits.get(k, ""))  # type: ignore[misc]
-        unique = all(len({_place(h) for h in files}) == len(files) for files in groups.values())
-        if len(groups) != copies or not unique or len(groups) == len(headers):
-            continue
-        if len({len(files) for files in groups.values()}) == 1:
-            best = keyword, groups
-            break
-        best = best or (keyword, groups)
-    if best is None:
-        detail = f"up to {copies} slices at one of {len(places)} positions, and no attribute tells them apart"
-        return [("", "", headers, "duplicate_positions", detail)]
-    full = max(len(files) for files in best[1].values())
-    return [
-        (best[0], value, files, "incomplete_volume" if len(files) < full else "",
-         f"{len(files)} of {full} slices" if len(files) < full else "")
-        for value, files in best[1].items()
-    ]  # fmt: skip
+def _by_orientation(headers: list[Header]) -> dict[str, list[Header]]:
+    return {str(orientation): slices for orientation, slices in by_orientation(headers).items()}
 
 
-def _place(header: Header) -> tuple[int, ...]:
-    return tuple(round(v / SMALLEST_MM) for v in header.position)
+def _not_stacks(parts: Sequence[_Part]) -> tuple[str, str]:
+    """Why slices of several orientations are no stacks: (reason, detail), or ("", "")."""
+    if len(parts) == 1:
+        return "", ""
+    largest = max(len(p.slices) for p in parts)
+    if largest == 1:
+        return "mixed_orientations", f"{len(parts)} orientations in {len(parts)} slices"
+    normals = np.array([np.cross(*directions(p.slices)) for p in parts])
+    upright = np.abs(normals @ normals.T)[np.triu_indices(len(parts), 1)].max() < 0.5  # more than 60° apart
+    if len(parts) == 3 and upright and largest <= LOCALIZER_SLICES:
+        return "localizer", f"three planes at right angles, up to {largest} slices each"
+    return "", ""
 
 
-def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix: str, files: list[Header]) -> Entry:
-    first = files[0]
+def _by_position(part: _Part) -> list[_Part]:
+    """Tell apart volumes that share positions. A group with fewer slices than the largest is incomplete."""
+    if any(len(h.position) != 3 for h in part.slices):
+        return [part]  # its geometry will be refused
+    found = tell_apart(part.slices)
+    if found is None:
+        return [part]
+    if not found.groups:
+        return [replace(part, reason="duplicate_positions", detail=found.detail)]
+    full = max(len(slices) for slices in found.groups.values())
+    volumes = []
+    for value, slices in sorted(found.groups.items()):
+        volume = part.split(found.keyword, value, slices)
+        if found.by_order:
+            volume = replace(volume, flags=(flag("split_by_order", f"{len(found.groups)} volumes"),))
+        if found.complete and len(slices) < full:
+            volume = replace(volume, reason="incomplete_volume", detail=f"{len(slices)} of {full} slices")
+        volumes.append(volume)
+    return volumes
+
+
+def _entry(name: str, key: Key, part: _Part, policy: Policy) -> Entry:
+    files, first, reason, detail = part.slices, part.slices[0], part.reason, part.detail
     box = None
     if not reason:
         try:
-            box = stack(files)
+            box = stack(files, policy)
         except ScanRefused as refused:
             reason, detail = refused.reason, refused.detail
     kind, name = ("item", name.removeprefix("item:")) if name.startswith("item:") else ("series", name)
     geometry = Volume(voxels=np.zeros((1, 1, 1)), affine=box.affine, modality="OT") if box else None
-    repairs = sorted({r for h in files for r in h.repairs} | ({"no SeriesInstanceUID: grouped by folder"} - {""}
-                     if kind == "item" and not reason else set()))  # fmt: skip
+    repairs = {r for h in files for r in h.repairs}
+    if kind == "item" and not reason:
+        repairs.add("no SeriesInstanceUID: grouped by folder")
+    if box and box.at:
+        repairs.add(f"uneven slices put on even steps of {box.step_mm:.3g} mm")
+    order = box.order if box else range(len(files))
+    frames = tuple(files[i].frame for i in order)
+    patient = key.hash("patient", first.patient_id)
     return Entry(
-        key=key.hash("item" if kind == "item" else "series", name + ("|" + suffix if suffix else "")),
-        patient=key.hash("patient", first.patient_id),
+        key=key.hash("item" if kind == "item" else "series", name + ("|" + part.value if part.value else "")),
+        patient=patient,
         study=key.hash("study", first.study_uid),
         reader="dicom",
         modality=first.modality,
         reason=reason,
         detail=detail,
-        repairs=tuple(repairs),
-        flags=_flags(box, first) if box else (),
-        num_files=len(files),
+        repairs=tuple(sorted(repairs)),
+        flags=(*part.flags, *(_spacing_flags(box, first) if box else ())),
         num_slices=len(files) if first.modality in ("CT", "MR") else 0,
         rows=first.rows,
         columns=first.columns,
@@ -152,13 +209,19 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         orientation=geometry.orientation if geometry else "",
         shear_deg=round(geometry.shear_deg, 3) if geometry else 0.0,
         manufacturer=vendor_family(first.manufacturer),
-        transfer_syntax=first.transfer_syntax if len({h.transfer_syntax for h in files}) == 1 else "several",
-        split_by=split_by,
-        paths=tuple(files[i].path for i in box.order) if box else tuple(h.path for h in files),
+        transfer_syntax=_common(h.transfer_syntax for h in files),
+        split_by=part.split_by,
+        paths=tuple(files[i].path for i in order),
+        frames=frames if any(frames) else (),
     )
 
 
-def _flags(box: Stack, header: Header) -> tuple[str, ...]:
+def _common(values: Iterable[str]) -> str:
+    found = Counter(values)
+    return next(iter(found)) if len(found) == 1 else "several"
+
+
+def _spacing_flags(box: Stack, header: Header) -> tuple[str, ...]:
     """Where the spacing attributes disagree with the positions, which are what counts."""
     if len(box.order) < 2:
         return ()
