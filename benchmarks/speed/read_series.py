@@ -41,6 +41,8 @@ def write_series(folder: Path, num_slices: int) -> None:
         data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{k + 1}"
         data.SeriesInstanceUID, data.StudyInstanceUID, data.PatientID, data.Modality = "1.2.3", "1.2", "P", "CT"
         data.ImageType, data.Manufacturer = ["ORIGINAL", "PRIMARY", "AXIAL"], "SIEMENS"
+        data.InstanceNumber, data.SeriesNumber, data.AcquisitionNumber = k + 1, 1, 1
+        data.StudyDate, data.StudyTime, data.SeriesDescription = "20200101", "120000", "CT"
         data.Rows = data.Columns = 512
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
