@@ -26,7 +26,7 @@ def entries(headers: Iterable[Header], root: Path, key: Key) -> list[Entry]:
     root     of the archive; paths break ties, so the result does not depend on the order of `headers`
     """
     series: dict[str, list[Header]] = defaultdict(list)
-    for header in sorted(headers, key=lambda h: h.path):
+    for header in sorted(headers, key=lambda h: (h.path, h.frame)):
         name = header.series_uid
         if not name:  # no identifier: what lies in one folder belongs together, what is refused stands alone
             where = PurePosixPath((header.path if header.refusal else header.path.parent).relative_to(root)).as_posix()
@@ -43,14 +43,14 @@ def _series_entries(name: str, headers: list[Header], key: Key) -> list[Entry]:
     parts: list[tuple[str, str, str, str, list[Header]]] = []  # reason, detail, split_by, suffix of the key, files
     usable: list[Header] = []
     aside: dict[str, list[Header]] = defaultdict(list)
-    seen: set[str] = set()
+    seen: set[tuple[str, int]] = set()
     for header in headers:
         if header.refusal:
             aside[header.refusal].append(header)
-        elif header.instance_uid and header.instance_uid in seen:
+        elif header.instance_uid and (header.instance_uid, header.frame) in seen:
             aside["duplicate_instance"].append(header)
         else:
-            seen.add(header.instance_uid)
+            seen.add((header.instance_uid, header.frame))
             usable.append(header)
     for reason in sorted(aside):
         detail = aside[reason][0].detail if len({h.detail for h in aside[reason]}) == 1 else ""
@@ -131,6 +131,7 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         except ScanRefused as refused:
             reason, detail = refused.reason, refused.detail
     kind, name = ("item", name.removeprefix("item:")) if name.startswith("item:") else ("series", name)
+    ordered = [files[i] for i in box.order] if box else files
     geometry = Volume(voxels=np.zeros((1, 1, 1)), affine=box.affine, modality="OT") if box else None
     repairs = sorted({r for h in files for r in h.repairs} | ({"no SeriesInstanceUID: grouped by folder"} - {""}
                      if kind == "item" and not reason else set()))  # fmt: skip
@@ -143,8 +144,8 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         reason=reason,
         detail=detail,
         repairs=tuple(repairs),
-        flags=_flags(box, first) if box else (),
-        num_files=len(files),
+        flags=tuple({f.split(":")[0]: f for h in files for f in (*h.flags, *(_flags(box, first) if box else ()))}.values()),
+        num_files=len({h.path for h in files}),
         num_slices=len(files) if first.modality in ("CT", "MR") else 0,
         rows=first.rows,
         columns=first.columns,
@@ -154,7 +155,8 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         manufacturer=vendor_family(first.manufacturer),
         transfer_syntax=first.transfer_syntax if len({h.transfer_syntax for h in files}) == 1 else "several",
         split_by=split_by,
-        paths=tuple(files[i].path for i in box.order) if box else tuple(h.path for h in files),
+        paths=tuple(h.path for h in ordered),
+        frames=tuple(h.frame for h in ordered) if any(h.frame for h in files) else (),
     )
 
 
