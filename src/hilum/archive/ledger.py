@@ -49,7 +49,6 @@ REASONS: dict[str, Reason] = {
     "incomplete_volume": Reason("This part of a split series has fewer slices than its sisters.", True),
     "no_rescale": Reason("A CT without RescaleSlope and RescaleIntercept has no Hounsfield units.", True),
     "not_hu": Reason("The series calls itself CT but its values are another quantity than Hounsfield units.", True),
-    "monochrome1": Reason("Inverted grey scale (MONOCHROME1) in a CT or MR.", True),
     "non_finite": Reason("Voxels are NaN or infinite.", True),
     "too_large": Reason("The image claims more voxels than fit here, or than any radiological image has.", True),
     # Set aside by design.
@@ -67,8 +66,8 @@ REASONS: dict[str, Reason] = {
     "parametric_map": Reason("A parametric map: computed values, not an image.", False),
     "other_modality": Reason("An image of another modality than CT or MR.", False),
     "other_object": Reason("A DICOM object that is neither image nor report.", False),
-    "multiframe": Reason("Enhanced or other multi-frame DICOM; this version reads one slice per file.", False),
-    "mosaic": Reason("A mosaic: a whole volume tiled into one image.", False),
+    "multiframe": Reason("Several frames in one file, in a form other than enhanced CT or MR.", False),
+    "mosaic": Reason("A mosaic (a volume tiled into one image) that does not say where its tiles lie.", True),
     "derived": Reason("A computed map, projection or curved reformat, not the acquired image.", False),
     "colour": Reason("A colour image.", False),
     "label_map": Reason("A label map: class numbers, not an image.", False),
@@ -83,6 +82,8 @@ FLAGS: dict[str, str] = {
     "modality_guessed": "CT or MR guessed from the values; the file does not say.",
     "spacing_tag": "SpacingBetweenSlices disagrees with the positions, which count.",
     "split_by_order": "Volumes told apart by the order of InstanceNumber alone; no other attribute does.",
+    "lossy": "The pixels went through lossy compression, with the ratio when it is stated.",
+    "philips_scaling": "Values are the displayed ones (rescaled), not the precise ones that Philips keeps apart.",
     "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
 }
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from hilum.archive import dicom, image, nifti
-from hilum.archive.dicom.header import Header, looks_like_dicom, read_header
+from hilum.archive.dicom.header import Header, looks_like_dicom
+from hilum.archive.dicom.slices import read_headers
 from hilum.archive.ledger import Entry, flag
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
@@ -193,30 +194,30 @@ def _batches(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _look_at_all(names: Sequence[str], root: Path, key: Key, nifti_voxels: bool) -> list[Header | Entry]:
-    return [_look_at(name, root, key, nifti_voxels) for name in names]
+    return [found for name in names for found in _look_at(name, root, key, nifti_voxels)]
 
 
-def _look_at(name: str, root: Path, key: Key, nifti_voxels: bool) -> Header | Entry:
-    """What one file is: the header of a DICOM file, or the finished entry of anything else."""
+def _look_at(name: str, root: Path, key: Key, nifti_voxels: bool) -> Sequence[Header | Entry]:
+    """What one file is: the headers of the slices in a DICOM file, or the finished entry of anything else."""
     path = root / name
     try:
         with open(path, "rb") as handle:
             head = handle.read(_HEAD_BYTES)
             if looks_like_dicom(head):
-                header = read_header(handle, path)
-                return header if header.refusal != "not_an_image" else _loose(name, root, key, "not_an_image")
+                headers = read_headers(handle, path)
+                return headers if headers[0].refusal != "not_an_image" else [_loose(name, root, key, "not_an_image")]
     except OSError as error:
-        return _loose(name, root, key, "unreadable", type(error).__name__)
+        return [_loose(name, root, key, "unreadable", type(error).__name__)]
     if nifti.looks_like_nifti(head):
-        return _look_at_nifti(name, root, key, nifti_voxels)
+        return [_look_at_nifti(name, root, key, nifti_voxels)]
     if image.looks_like_image(head):
-        return _look_at_image(name, root, key)
+        return [_look_at_image(name, root, key)]
     known = next((kind for magic, kind in _OTHER_FORMATS if head.startswith(magic)), "")
     if head[344:348] == b"ni1\0":
         known = "NIfTI in two files"
     if known:
-        return _loose(name, root, key, "other_format", known)
-    return _loose(name, root, key, "not_an_image", "" if head else "empty file")
+        return [_loose(name, root, key, "other_format", known)]
+    return [_loose(name, root, key, "not_an_image", "" if head else "empty file")]
 
 
 def _loose(name: str, root: Path, key: Key, reason: str, detail: str = "", reader: str = "") -> Entry:

@@ -1,25 +1,32 @@
-"""DICOM pixels: one stored image, and the volume that several make up."""
+"""DICOM pixels: the stored pixels of slices, and the volume that several slices make up."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.pixels import get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, decode, stored_dtype, syntax_name
 from hilum.archive.dicom.geometry import even_slices, stack
-from hilum.archive.dicom.header import BROKEN, PLAIN, SLICE_TAGS, WORDS, Header, describe, quiet
+from hilum.archive.dicom.header import BROKEN, HEADER_TAGS, Header, Texts, describe, integer, quiet
+from hilum.archive.dicom.slices import quick, slices
 from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, straighten, to_slices
 
-_PIXEL_DATA = 0x7FE00010
 SMALLEST_TILT_DEG = 0.1  # below, the sheared affine is a rounding of positions
+# and: planar configuration, offset tables, pixels
+_SLICE_TAGS = [*HEADER_TAGS, *map(Tag, (0x00280006, 0x7FE00001, 0x7FE00002, PIXEL_DATA))]
 _WIDER = [np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32)]  # each holds the values of those before
+MAX_VOXELS = 1 << 32  # a CT of 2048 × 2048 × 1024; small files may unpack to any size
+_AIR_HU, _TISSUE_HU = -1024, (-950, 3071)
 
 
 def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_IS) -> tuple[Volume, tuple[str, ...]]:
@@ -29,33 +36,55 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
     returns  a volume as `hilum.volume.to_slices` leaves it (CT in HU, MR as stored or rescaled per slice); the repairs
              that the pixels needed
 
-    Voxels are int16 when every slice has slope 1 and whole values that fit (CT nearly always), else float32.
+    Voxels are int16 when every slice has slope 1 and whole values that fit (CT nearly always), else float32. Each file
+    is opened once. Of the three kinds of values of a Philips MR (stored; displayed, by RescaleSlope; precise, by private
+    attributes) these are the displayed ones.
     """
-    headers: list[Header] = []
+    places: dict[Path, dict[int, int]] = {}  # of each file: frame → slice of the volume
+    for n, path in enumerate(paths):
+        places.setdefault(path, {})[frames[n] if frames else 0] = n
+    headers: dict[int, Header] = {}
     voxels: NDArray[Any] | None = None
     notes: set[str] = set()
-    for n, path in enumerate(paths):
-        header, pixels, note = read_slice(path)
-        if headers and (header.rows, header.columns, header.modality) != (
-            headers[0].rows, headers[0].columns, headers[0].modality
-        ):  # fmt: skip
-            raise ScanRefused("no_geometry", "slices of several sizes or modalities")
-        headers.append(header)
-        notes |= {note} if note else set()
-        plane = _rescale(pixels, header)
-        if voxels is None:
-            voxels = np.empty((len(paths), *plane.shape), plane.dtype)
-        elif _WIDER.index(plane.dtype) > _WIDER.index(voxels.dtype):
-            voxels = voxels.astype(plane.dtype)
-        voxels[n] = plane
-    if voxels is None:
-        raise ScanRefused("no_geometry", "no files")
+    num_padded = 0
+    for path, wanted in places.items():
+        with closing(_read_file(path, sorted(wanted))) as found:
+            for header, pixels, note, padded in found:
+                _check_alike(header, next(iter(headers.values()), header), len(paths))
+                n = wanted[header.frame]
+                headers[n] = header
+                notes |= {note} if note else set()
+                num_padded += int(padded.sum()) if padded is not None else 0
+                plane = _rescale(pixels, header, padded)
+                if voxels is None:
+                    voxels = np.empty((len(paths), *plane.shape), plane.dtype)
+                elif _WIDER.index(plane.dtype) > _WIDER.index(voxels.dtype):
+                    voxels = voxels.astype(plane.dtype)
+                voxels[n] = plane
+    if voxels is None or len(headers) < len(paths):
+        raise ScanRefused("no_geometry", f"{len(headers)} of {len(paths)} slices found")
+    if num_padded:
+        notes.add(f"{num_padded} padding pixels set to {_AIR_HU} HU")
+    vol, repairs = _volume([headers[n] for n in range(len(paths))], voxels, policy)
+    return vol, tuple(sorted(notes | repairs))
+
+
+def _check_alike(header: Header, first: Header, num_slices: int) -> None:
+    if (header.rows, header.columns, header.modality) != (first.rows, first.columns, first.modality):
+        raise ScanRefused("no_geometry", "slices of several sizes or modalities")
+    if header.rows * header.columns * num_slices > MAX_VOXELS:
+        raise ScanRefused("too_large", f"{num_slices}×{header.rows}×{header.columns}")
+
+
+def _volume(headers: list[Header], voxels: NDArray[Any], policy: Policy) -> tuple[Volume, set[str]]:
+    """Slices (Z, Y, X) in the order of their headers, as one box; and what had to be done for it."""
+    repairs = set()
     found = stack(headers, policy)
     if found.order != tuple(range(len(headers))):
         voxels = voxels[list(found.order)]
     if found.at:
         voxels, made = even_slices(voxels, found.at)
-        notes.add(f"{made} of {len(voxels)} slices interpolated")
+        repairs.add(f"{made} of {len(voxels)} slices interpolated")
     low, high = voxels.min(), voxels.max()
     if low == high:
         raise ScanRefused("constant", f"all voxels {float(low):g}")
@@ -64,49 +93,146 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
     modality = headers[0].modality
     vol = Volume(voxels=voxels, affine=found.affine, modality=modality, unit="HU" if modality == "CT" else "")
     if policy.resample_tilt and vol.shear_deg > SMALLEST_TILT_DEG:
-        notes.add(f"tilt of {vol.shear_deg:.2f} degrees resampled to a right-angled box")
-        vol = straighten(vol, fill=-1024.0 if vol.unit == "HU" else float(vol.voxels.min()))
-    return to_slices(vol, through=0), tuple(sorted(notes))
+        repairs.add(f"tilt of {vol.shear_deg:.2f} degrees resampled to a right-angled box")
+        vol = straighten(vol, fill=_AIR_HU if vol.unit == "HU" else float(vol.voxels.min()))
+    return to_slices(vol, through=0), repairs
 
 
-def _rescale(pixels: NDArray[Any], header: Header) -> NDArray[Any]:
-    """Stored pixels → values, by the slope and intercept of this slice; int16, int32 or float32."""
+def _rescale(pixels: NDArray[Any], header: Header, padded: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Stored pixels → values, by the slope and intercept of this slice; int16, int32 or float32. Padding becomes air."""
     slope = 1.0 if header.slope is None else header.slope
     intercept = header.intercept or 0.0
     if slope != 1.0 or intercept != round(intercept) or abs(intercept) > 1 << 30 or pixels.dtype.itemsize > 2:
-        return (pixels * slope + intercept).astype(np.float32)
-    shift = int(intercept)
-    fits = int(pixels.min()) + shift >= -32768 and int(pixels.max()) + shift <= 32767
-    return (pixels.astype(np.int32) + shift).astype(np.int16 if fits else np.int32)
+        values: NDArray[Any] = (pixels * slope + intercept).astype(np.float32)
+    else:
+        values = pixels.astype(np.int32) + int(intercept)
+    if padded is not None:
+        values[padded] = _AIR_HU
+    if values.dtype == np.int32 and values.min() >= -32768 and values.max() <= 32767:
+        return values.astype(np.int16)
+    return values
 
 
-def read_slice(path: Path) -> tuple[Header, NDArray[Any], str]:
+def read_slice(path: Path, frame: int = 0) -> tuple[Header, NDArray[Any], str]:
     """One slice: its header and its stored pixels, before rescaling. Raises ScanRefused.
 
+    frame    number of the frame or tile in the file
     returns  header; (Y, X) integers of the file's own depth and sign; a note when unused high bits had to be cleared
 
     Bits outside BitsStored may hold an old overlay (PS3.5 8.1.1) and are cleared.
     """
+    with closing(_read_file(path, [frame])) as found:
+        header, pixels, note, _ = next(found)
+    return header, pixels, note
+
+
+_Slice = tuple[Header, NDArray[Any], str, NDArray[np.bool_] | None]
+
+
+def _read_file(path: Path, wanted: Sequence[int]) -> Generator[_Slice, None, None]:
+    """Slices of one file, by number (ascending): header, stored pixels, note, where padding lies (None: nowhere)."""
     name = "unknown transfer syntax"
     try:
-        with quiet():
-            data = dcmread(path, specific_tags=SLICE_TAGS, force=True)
-            header = describe(data, path, path.stat().st_size, forced=not data.preamble)
-            if header.refusal:
-                raise ScanRefused(header.refusal, header.detail)
-            if _PIXEL_DATA not in data:
+        with quiet(), open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if list(wanted) == [0] and (plain := _read_plain(handle, path, size)) is not None:
+                yield plain
+                return
+            handle.seek(0)
+            data = dcmread(handle, specific_tags=_SLICE_TAGS, force=True)
+            found = {h.frame: h for h in slices(data, handle, path, size, forced=not data.preamble)}
+            headers = [found.get(n) or found[0] for n in wanted]
+            if refused := next((h for h in headers if h.refusal), None):
+                raise ScanRefused(refused.refusal, refused.detail)
+            if [h.frame for h in headers] != list(wanted):
+                raise ScanRefused("no_geometry", f"{len(found)} slices in the file, number {max(wanted) + 1} asked for")
+            if PIXEL_DATA not in data:
                 raise ScanRefused("truncated", "no pixel data")
             syntax = data.file_meta.get("TransferSyntaxUID") or _guess_syntax(data)
-            name = UID(syntax).name
-            _check_length(data, syntax)
-            pixels, _ = get_decoder(syntax).as_array(data, raw=True, view_only=True, correct_unused_bits=False)
+            name = syntax_name(syntax)
+            yield from _cut_out(data, syntax, headers)
     except (PermissionError, FileNotFoundError) as error:
         raise ScanRefused("unreadable", type(error).__name__) from None
     except BROKEN as error:
         raise ScanRefused("cannot_decode", f"{name} ({type(error).__name__})") from None
-    if pixels.ndim != 2:
-        raise ScanRefused("cannot_decode", f"{name}: {pixels.ndim} axes decoded, expected rows and columns")
-    return header, *_clear_unused_bits(pixels, data, words=syntax in WORDS)
+
+
+def _read_plain(handle: BinaryIO, path: Path, size: int) -> _Slice | None:
+    """An uncompressed slice whose pixels are the last element of its file; None for any other.
+
+    Whether they are is seen from the element's own tag and length, which must lie just before the last bytes.
+    """
+    text = quick(handle)
+    if text is None or text.syntax not in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):
+        return None
+    header = describe(text, path, size, forced=False)
+    if header.refusal or header.bits_allocated not in (8, 16):
+        return None
+    dtype = np.dtype(f"<{'i' if text['PixelRepresentation'] == '1' else 'u'}{header.bits_allocated // 8}")
+    length = header.rows * header.columns * dtype.itemsize
+    begin = size - length - length % 2
+    explicit = text.syntax == ExplicitVRLittleEndian
+    handle.seek(max(begin - (12 if explicit else 8), 0))
+    buffer = handle.read()
+    starts = [b"\xe0\x7f\x10\0" + vr for vr in ((b"OW\0\0", b"OB\0\0") if explicit else (b"",))]
+    start = 12 if explicit else 8
+    if not any(buffer[:start] == s + (length + length % 2).to_bytes(4, "little") for s in starts):
+        return None
+    stored = np.frombuffer(buffer, dtype, header.rows * header.columns, start).reshape(header.rows, header.columns)
+    return _finish(stored, header, text, words=True)
+
+
+def _cut_out(data: Dataset, syntax: str, headers: list[Header]) -> Generator[_Slice, None, None]:
+    """Decode the frames that slices are, or are tiles of."""
+    text = Texts(data)
+    num_frames = integer(text["NumberOfFrames"] or "1")
+    _check_length(data, syntax, num_frames)
+    by_frame = {0: headers} if headers[0].corner else {h.frame: [h] for h in headers}
+    shape = int(data.Rows), int(data.Columns)
+    for frame, stored in decode(data, syntax, list(by_frame), num_frames):
+        if stored.shape != shape:
+            raise ScanRefused("cannot_decode", f"{stored.ndim} axes decoded, expected rows and columns")
+        first, pixels, note, padded = _finish(stored, by_frame[frame][0], text, words=syntax in WORDS)
+        if not first.corner:
+            yield first, pixels, note, padded
+            continue
+        for header in by_frame[frame]:
+            top, left = header.corner
+            yield header, pixels[top : top + header.rows, left : left + header.columns], note, None
+
+
+def _finish(stored: NDArray[Any], header: Header, text: Texts, *, words: bool) -> _Slice:
+    """Decoded pixels (Y, X) → pixels that can be rescaled."""
+    pixels, note = _clear_unused_bits(stored, text, words=words)
+    padded = _padding(pixels, header, text)
+    if header.modality == "MR" and text["PhotometricInterpretation"] == "MONOCHROME1":
+        pixels = _invert(pixels, integer(text["BitsStored"]))
+    return header, pixels, note, padded
+
+
+def _padding(pixels: NDArray[Any], header: Header, text: Texts) -> NDArray[np.bool_] | None:
+    """Where a CT has no image (PS3.3 C.7.5.1.1.2), from stored pixels; None when nowhere.
+
+    A padding value that would be tissue in HU hides nothing that could be told apart, and is left alone.
+    """
+    given = [text[k] for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if header.modality != "CT" or not given[0]:
+        return None
+    # The sign that these attributes claim is often wrong; their bits are right.
+    values = [int(np.uint16(integer(v)).astype(pixels.dtype)) for v in given if v]
+    ends = sorted((header.slope or 1.0) * v + (header.intercept or 0.0) for v in (min(values), max(values)))
+    if ends[0] <= _TISSUE_HU[1] and ends[1] >= _TISSUE_HU[0]:
+        return None
+    padded = pixels == values[0] if len(values) == 1 else (pixels >= min(values)) & (pixels <= max(values))
+    return padded if padded.any() else None
+
+
+def _invert(pixels: NDArray[Any], stored: int) -> NDArray[Any]:
+    """The highest value that BitsStored can hold becomes the lowest, and so on."""
+    if np.issubdtype(pixels.dtype, np.signedinteger):
+        return ~pixels
+    inverted: NDArray[Any] = pixels.dtype.type((1 << stored) - 1) - pixels
+    return inverted
 
 
 def _guess_syntax(data: Dataset) -> UID:
@@ -115,22 +241,24 @@ def _guess_syntax(data: Dataset) -> UID:
     return ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
 
 
-def _check_length(data: Dataset, syntax: str) -> None:
+def _check_length(data: Dataset, syntax: str, num_frames: int) -> None:
     if syntax not in PLAIN:
         return
-    expected = int(data.Rows) * int(data.Columns) * int(data.BitsAllocated) // 8
-    found = len(data.get_item(_PIXEL_DATA).value or b"")
+    expected = int(data.Rows) * int(data.Columns) * stored_dtype(data).itemsize * num_frames
+    found = len(data.get_item(PIXEL_DATA).value or b"")
     if found < expected:
         raise ScanRefused("truncated", f"{found} of {expected} bytes of pixel data")
+    if found > expected + expected % 2:
+        raise ScanRefused("corrupt", f"{found} bytes of pixel data, expected {expected} by rows and columns")
 
 
-def _clear_unused_bits(pixels: NDArray[Any], data: Dataset, *, words: bool) -> tuple[NDArray[Any], str]:
+def _clear_unused_bits(pixels: NDArray[Any], text: Texts, *, words: bool) -> tuple[NDArray[Any], str]:
     """Keep the BitsStored bits that end at HighBit, with their sign.
 
     words  the decoder hands out stored words as they are; else it hands out numbers, which must fit already
     """
-    allocated, stored = pixels.dtype.itemsize * 8, int(data.BitsStored)
-    high = int(data.get("HighBit", stored - 1))
+    allocated, stored = pixels.dtype.itemsize * 8, integer(text["BitsStored"])
+    high = integer(text["HighBit"]) if text["HighBit"] else stored - 1
     if not 0 < stored <= high + 1 <= allocated:
         raise ScanRefused("cannot_decode", f"BitsStored {stored}, HighBit {high}, {allocated} bits decoded")
     if stored == allocated:
@@ -140,6 +268,6 @@ def _clear_unused_bits(pixels: NDArray[Any], data: Dataset, *, words: bool) -> t
         if pixels.min() < low or pixels.max() >= low + (1 << stored):
             raise ScanRefused("cannot_decode", f"decoded values exceed BitsStored {stored}")
         return pixels, ""
-    cleared = (pixels << (allocated - 1 - high)) >> (allocated - stored)
+    cleared: NDArray[Any] = (pixels << (allocated - 1 - high)) >> (allocated - stored)
     changed = high == stored - 1 and bool((cleared != pixels).any())
     return cleared, "bits outside BitsStored cleared" if changed else ""

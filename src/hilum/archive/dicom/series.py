@@ -201,7 +201,7 @@ def _entry(name: str, key: Key, part: _Part, policy: Policy) -> Entry:
         reason=reason,
         detail=detail,
         repairs=tuple(sorted(repairs)),
-        flags=(*part.flags, *(_spacing_flags(box, first) if box else ())),
+        flags=_flags(part, box),
         num_slices=len(files) if first.modality in ("CT", "MR") else 0,
         rows=first.rows,
         columns=first.columns,
@@ -221,13 +221,13 @@ def _common(values: Iterable[str]) -> str:
     return next(iter(found)) if len(found) == 1 else "several"
 
 
-def _spacing_flags(box: Stack, header: Header) -> tuple[str, ...]:
-    """Where the spacing attributes disagree with the positions, which are what counts."""
-    if len(box.order) < 2:
-        return ()
-    found = []
-    if 0 < header.thickness < 0.5 * box.step_mm:
-        found.append(flag("gaps_between", f"slices {header.thickness:.3g} mm thick every {box.step_mm:.3g} mm"))
-    if header.spacing_tag > 0 and abs(header.spacing_tag - box.step_mm) > 0.05 * box.step_mm:
-        found.append(flag("spacing_tag", f"says {header.spacing_tag:.3g} mm, positions say {box.step_mm:.3g} mm"))
-    return tuple(found)
+def _flags(part: _Part, box: Stack | None) -> tuple[str, ...]:
+    """Cautions of the part and of its slices, one of each code; and where spacing attributes disagree with positions."""
+    found = [*part.flags, *(f for h in part.slices for f in h.flags)]
+    header = part.slices[0]
+    if box and len(box.order) > 1:
+        if 0 < header.thickness < 0.5 * box.step_mm:
+            found.append(flag("gaps_between", f"slices {header.thickness:.3g} mm thick every {box.step_mm:.3g} mm"))
+        if header.spacing_tag > 0 and abs(header.spacing_tag - box.step_mm) > 0.05 * box.step_mm:
+            found.append(flag("spacing_tag", f"says {header.spacing_tag:.3g} mm, positions say {box.step_mm:.3g} mm"))
+    return tuple({f.split(":")[0]: f for f in found}.values())

@@ -1,0 +1,114 @@
+"""Transfer syntaxes (PS3.5 annex A): their names, which lose information, what decodes them, and the decoding itself."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.encaps import generate_frames
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from hilum.errors import ScanRefused
+
+PIXEL_DATA = 0x7FE00010
+PLAIN = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+_BOXED = "1.2.840.10008.1.2.1.98"  # encapsulated, yet uncompressed
+_DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
+# Syntaxes whose decoder hands out stored words as they are; the others hand out numbers.
+WORDS = (*PLAIN, DeflatedExplicitVRLittleEndian, RLELossless, _BOXED, _DEFLATED_FRAMES)
+
+_JPEG = "1.2.840.10008.1.2.4."
+LOSSY = frozenset(_JPEG + n for n in ("50", "51", "81", "111", "112"))
+MAYBE_LOSSY = frozenset(_JPEG + n for n in ("91", "93", "203"))  # JPEG 2000 without the promise to be lossless
+_NAMES = {_DEFLATED_FRAMES: "Deflated Image Frame Compression", **{_JPEG + f"11{n}": "JPEG XL" for n in range(3)}}
+_PACKAGES = {
+    **dict.fromkeys((_JPEG + n for n in ("50", "51", "57", "70")), "python-gdcm"),
+    **dict.fromkeys((_JPEG + n for n in ("80", "81")), "pyjpegls"),
+    **dict.fromkeys((_JPEG + n for n in ("90", "91", "201", "202", "203")), "pylibjpeg-openjpeg"),
+    RLELossless: "pylibjpeg-rle",
+}
+
+
+@cache
+def syntax_name(syntax: str) -> str:
+    """The registered name of a transfer syntax. Text that is none never passes."""
+    if syntax in _NAMES:
+        return _NAMES[syntax]
+    known = UID(syntax, validation_mode=0) if syntax.replace(".", "").isdigit() else UID("")
+    is_known = known.is_valid and not known.is_private and known.is_transfer_syntax
+    return known.name if is_known else "unknown transfer syntax"
+
+
+@cache
+def missing_decoder(syntax: str) -> str:
+    """Why a transfer syntax cannot be decoded here, with the package that would do it; "" when it can."""
+    if syntax in PLAIN or syntax in (_BOXED, _DEFLATED_FRAMES):
+        return ""
+    try:
+        if get_decoder(syntax).is_available:
+            return ""
+    except NotImplementedError:
+        return f"{syntax_name(syntax)}: no decoder is known for it"
+    return f"{syntax_name(syntax)}: needs the package {_PACKAGES.get(syntax, 'of a decoder for it')}"
+
+
+def decode(data: Dataset, syntax: str, frames: Sequence[int], num_frames: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Decode frames of one file, in the order in which they are stored.
+
+    frames      numbers from 0, ascending, without repeats
+    num_frames  in the file
+    returns     (frame, stored pixels (Y, X)) in the depth and sign that the file states
+
+    Raises ScanRefused, or what the decoders raise. Without an offset table, every frame is found by going through all
+    fragments before it: when more than half of the frames are wanted, all are decoded in one pass instead.
+    """
+    if missing := missing_decoder(syntax):
+        raise ScanRefused("cannot_decode", missing)
+    if syntax in (_BOXED, _DEFLATED_FRAMES):
+        yield from _decode_boxed(data, syntax, frames, num_frames)
+        return
+    decoder = get_decoder(syntax)
+    in_one_pass = decoder.is_encapsulated and num_frames > 1 and len(frames) > num_frames // 2
+    indices = None if in_one_pass else list(frames)
+    decoded = decoder.iter_array(data, indices=indices, raw=True, view_only=True, correct_unused_bits=False)
+    dtype = stored_dtype(data)
+    for frame, (pixels, _) in zip(range(num_frames) if in_one_pass else frames, decoded):
+        if not in_one_pass or frame in frames:
+            # A decoder may hand out 8 bits where 16 are allocated.
+            yield frame, pixels.astype(dtype) if pixels.dtype.itemsize < dtype.itemsize else pixels
+
+
+def stored_dtype(data: Dataset) -> np.dtype[Any]:
+    """The type of stored pixels, by BitsAllocated and PixelRepresentation. Raises ScanRefused."""
+    bits, signed = int(data.BitsAllocated), int(data.get("PixelRepresentation") or 0) == 1
+    if bits not in (8, 16, 32):
+        raise ScanRefused("cannot_decode", f"BitsAllocated {bits}, expected 8, 16 or 32")
+    return np.dtype(f"<{'i' if signed else 'u'}{bits // 8}")
+
+
+def _decode_boxed(
+    data: Dataset, syntax: str, frames: Sequence[int], num_frames: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Frames that lie in fragments, uncompressed (PS3.5 A.4.11) or deflated one by one (PS3.5 A.4.13)."""
+    dtype = stored_dtype(data)
+    shape = int(data.Rows), int(data.Columns)
+    length = shape[0] * shape[1] * dtype.itemsize
+    for frame, boxed in enumerate(generate_frames(data.PixelData, number_of_frames=num_frames)):
+        if frame in frames:
+            content = (
+                zlib.decompressobj(-zlib.MAX_WBITS).decompress(boxed, length) if syntax == _DEFLATED_FRAMES else boxed
+            )
+            if len(content) < length:
+                raise ScanRefused("truncated", f"{len(content)} of {length} bytes of pixel data")
+            yield frame, np.frombuffer(content[:length], dtype).reshape(shape)
