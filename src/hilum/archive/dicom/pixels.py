@@ -155,6 +155,10 @@ def _read_file(path: Path, wanted: Sequence[int]) -> Generator[_Slice, None, Non
         raise ScanRefused("unreadable", type(error).__name__) from None
     except BROKEN as error:
         raise ScanRefused("cannot_decode", f"{name} ({type(error).__name__})") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of decoders written in Rust; it is no Exception
+            raise
+        raise ScanRefused("cannot_decode", f"{name} (the decoder gave up)") from None
 
 
 def _read_plain(handle: BinaryIO, path: Path, size: int) -> _Slice | None:
