@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from hilum.archive import nifti
+from hilum.archive import nifti, values
 from hilum.archive.scan import scan
 from hilum.errors import ScanRefused
 
@@ -119,13 +119,13 @@ def test_gzip_of_something_else(tmp_path, key):
 def test_plateaus_are_labels_and_noise_is_not():
     grid = np.indices((24, 24, 24)).sum(0)
     blocks = np.kron(np.arange(27).reshape(3, 3, 3), np.ones((8, 8, 8))).astype(np.int16)
-    assert nifti.is_label_map(blocks)
-    assert nifti.is_label_map(blocks.astype(np.float64))
-    assert nifti.is_label_map((grid > 40) * 3)
-    assert not nifti.is_label_map(grid)  # a smooth ramp with 70 values
-    assert not nifti.is_label_map(blocks + 0.5)
-    assert not nifti.is_label_map(blocks - 1)
-    assert not nifti.is_label_map(np.random.default_rng(0).integers(0, 256, (24, 24, 24)))
+    assert values.is_label_map(blocks)
+    assert values.is_label_map(blocks.astype(np.float64))
+    assert values.is_label_map((grid > 40) * 3)
+    assert not values.is_label_map(grid)  # a smooth ramp with 70 values
+    assert not values.is_label_map(blocks + 0.5)
+    assert not values.is_label_map(blocks - 1)
+    assert not values.is_label_map(np.random.default_rng(0).integers(0, 256, (24, 24, 24)))
 
 
 def test_hounsfield_rule():
@@ -133,10 +133,10 @@ def test_hounsfield_rule():
     body = rng.integers(-120, 120, (20, 20, 20)).astype(np.int16)
     body[:8] = -1000
     phase = rng.integers(-4096, 4096, (20, 20, 20)).astype(np.int16)
-    assert nifti.looks_like_hu(body)
-    assert not nifti.looks_like_hu(phase)
-    assert not nifti.looks_like_hu(body + 1000)
-    assert not nifti.looks_like_hu(body.astype(np.float32))
+    assert values.looks_like_hu(body)
+    assert not values.looks_like_hu(phase)
+    assert not values.looks_like_hu(body + 1000)
+    assert not values.looks_like_hu(body.astype(np.float32))
 
 
 # Real files
