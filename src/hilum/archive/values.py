@@ -42,6 +42,8 @@ def read_image(header: ImageHeader, volume: int = 0) -> tuple[Volume, tuple[str,
 def scaled(header: ImageHeader, volume: int = 0) -> NDArray[Any]:
     """Values (Z, Y, X) of one volume: as stored, or float32 when the header scales them. Raises ScanRefused."""
     stored = read_stored(header.voxels, volume)
+    if stored.dtype == np.float16:  # compares with no number above 65504
+        stored = stored.astype(np.float32)
     if (header.slope, header.intercept) == (1.0, 0.0):
         return stored
     values = np.empty(stored.shape, np.float32)
