@@ -25,7 +25,7 @@ _OTHER_FORMATS = (
 )  # fmt: skip
 _VOXEL_SUFFIXES = {".raw", ".zraw", ".img", ".bin", ".dat", ".gz"}
 _HEADERS: dict[str, Callable[[Path], ImageHeader]] = {
-    ".hdr": nifti.read_header, ".mhd": itk.read_header, ".nhdr": itk.read_header,
+    ".hdr": nifti.read_header, ".hdr.gz": nifti.read_header, ".mhd": itk.read_header, ".nhdr": itk.read_header,
 }  # fmt: skip
 
 
