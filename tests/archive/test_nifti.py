@@ -262,6 +262,17 @@ def test_header_and_voxels_in_two_files(tmp_path, image, key, kind, packed):
     assert [e.reason for e in scan(tmp_path, key)] == ["detached_voxels"]
 
 
+@pytest.mark.parametrize("volumes", [None, 2])
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_cut_off_anywhere(tmp_path, image, key, name, volumes):
+    content = write(tmp_path / name, image if volumes is None else np.stack([image, image[::-1]], 3)).read_bytes()
+    for length in range(0, len(content), 10):
+        (tmp_path / name).write_bytes(content[:length])
+        rows = scan(tmp_path, key)
+        assert not any(row.used for row in rows), length
+        assert sum(row.num_files for row in rows) == 1
+
+
 def test_trailing_single_axes_are_dropped(tmp_path, image):
     vol, _ = nifti.read(write(tmp_path / "x.nii", image[..., None, None]))
     assert vol.shape == (7, 6, 5)

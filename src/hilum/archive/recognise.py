@@ -19,10 +19,8 @@ from hilum.volume import Volume
 
 _HEAD_BYTES = 4096
 # Image formats that are known but not read, by their first bytes.
-_OTHER_FORMATS = (
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"\x5c\1\0\0", "Analyze 7.5, which has no directions"),
-    (b"\0\0\1\x5c", "Analyze 7.5, which has no directions"), (b"II+\0", "BigTIFF"), (b"MM\0+", "BigTIFF"),
-)  # fmt: skip
+_OTHER_FORMATS = ((b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"II+\0", "BigTIFF"), (b"MM\0+", "BigTIFF"))
+_ANALYZE = (b"\x5c\1\0\0", b"\0\0\1\x5c")  # a header of 348 bytes, in either byte order
 _VOXEL_SUFFIXES = {".raw", ".zraw", ".img", ".bin", ".dat", ".gz"}
 _HEADERS: dict[str, Callable[[Path], ImageHeader]] = {
     ".hdr": nifti.read_header, ".hdr.gz": nifti.read_header, ".mhd": itk.read_header, ".nhdr": itk.read_header,
@@ -57,6 +55,8 @@ def look_at(name: str, root: Path, key: Key, check: Callable[[Entry], Entry] | N
             rows = _volumes(name, root, key, reader, read)
             return [check(row) if check and row.used else row for row in rows]
     known = next((kind for magic, kind in _OTHER_FORMATS if head.startswith(magic)), "")
+    if head.startswith(_ANALYZE) and len(head) >= 348:
+        known = "Analyze 7.5, which has no directions"
     if known:
         return [loose(name, root, key, "other_format", known)]
     detail = "voxels of the header file beside it" if _belongs_to_header(path) else "" if head else "empty file"
