@@ -67,8 +67,9 @@ def num_files(folder: Path) -> int:
 
 def check_accounting(entries: list[Entry], folder: Path) -> None:
     assert sum(e.num_files for e in entries) == num_files(folder)
-    paths = [p for e in entries for p in e.paths]
-    assert len(paths) == len(set(paths)) == num_files(folder)
+    paths = [place for e in entries for place in zip(e.paths, e.frames or (0,) * len(e.paths))]
+    assert len(paths) == len(set(paths))
+    assert len({p for p, _ in paths}) == num_files(folder)
     assert len({e.key for e in entries}) == len(entries)
 
 
@@ -93,7 +94,7 @@ def test_an_archive_as_they_come(write_series, voxels, tmp_path, key):
     (archive / "link").symlink_to(archive / "a.png")
     (archive / "loop").symlink_to(archive)
     (archive / "dangling").symlink_to(archive / "nowhere")
-    (archive / "x.nrrd").write_bytes(b"NRRD0004\n")
+    (archive / "x.jp2").write_bytes(b"\0\0\0\x0cjP  \r\n")
     os.mkfifo(archive / "pipe")
     entries = scan(archive, key)
     by_name = {e.paths[0].name: e.reason or e.verdict for e in entries}
@@ -102,7 +103,7 @@ def test_an_archive_as_they_come(write_series, voxels, tmp_path, key):
     assert by_name["broken.dcm"] in ("corrupt", "other_object")
     assert by_name["a.png"] == by_name["link"] == "used"
     assert by_name["dangling"] == "unreadable"
-    assert by_name["x.nrrd"] == "other_format"
+    assert by_name["x.jp2"] == "other_format"
     assert sum(e.num_files for e in entries) == 6 + 7
     assert "pipe" not in by_name
 

@@ -1,4 +1,8 @@
-"""PNG and JPEG: one slice each, without geometry."""
+"""PNG, JPEG and TIFF: one slice each, without geometry.
+
+Values are as stored, 0…255 for 8 bits and 0…65535 for 16: no rescale is known, so none is applied, and they are
+neither Hounsfield units nor stretched to a common range. What a model makes of them stands in its contract.
+"""
 
 import struct
 import warnings
@@ -14,14 +18,15 @@ from hilum.errors import ScanRefused
 from hilum.volume import Volume
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 # What Pillow raises on broken files; a truncated image is an OSError, a broken PNG chunk a SyntaxError.
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error, MemoryError)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether a file that begins with these bytes is PNG or JPEG."""
-    return head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff"
+    """Whether a file that begins with these bytes is PNG, JPEG or TIFF."""
+    return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
 
 
 def read_header(path: Path) -> tuple[int, int]:
@@ -55,9 +60,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                if getattr(image, "n_frames", 1) > 1:
-                    raise ScanRefused("multiframe", f"{image.n_frames} frames in one image file")  # type: ignore[attr-defined]
+            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+                num_frames = getattr(image, "n_frames", 1)
+                if num_frames > 1:
+                    raise ScanRefused("not_3d", f"{num_frames} pages or frames in one image file")
+                if image.format == "TIFF":
+                    _check_tiff(image)
                 yield image
     except _BOMB:
         raise ScanRefused("too_large", "more pixels than a radiological image has") from None
@@ -67,6 +75,15 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ScanRefused("corrupt", "the header of the image cannot be parsed") from None
     except _BROKEN as error:
         raise ScanRefused("truncated", f"the image cannot be decoded ({type(error).__name__})") from None
+
+
+def _check_tiff(image: Image.Image) -> None:
+    """Refuse what Pillow would turn or leave inverted without saying so."""
+    tags = image.getexif()
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise ScanRefused("monochrome1", "TIFF in which white is zero")
+    if tags.get(_EXIF_ORIENTATION, 1) != 1:
+        raise ScanRefused("other_format", "TIFF that its orientation tag turns")
 
 
 def _grey(image: Image.Image) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.uint8 | np.uint16]], tuple[str, ...]]:
@@ -80,6 +97,8 @@ def _grey(image: Image.Image) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.u
         if wide.min() < 0 or wide.max() > 65535:
             raise ScanRefused("other_format", "more than 16 bits per pixel")
         return wide.astype(np.uint16), ()
+    if image.mode == "F":
+        raise ScanRefused("other_format", "floating point pixels")
     if image.mode not in ("P", "PA", "LA", "RGB", "RGBA"):
         raise ScanRefused("colour", f"mode {image.mode}")
     channels = np.asarray(image.convert("RGBA"))

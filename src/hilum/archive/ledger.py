@@ -35,6 +35,9 @@ REASONS: dict[str, Reason] = {
     # Faults: somebody may want to repair these.
     "unreadable": Reason("The file or folder cannot be opened (permission, broken link, failing disk).", True),
     "corrupt": Reason("The file begins like a known format but cannot be parsed.", True),
+    "detached_voxels": Reason(
+        "The header keeps its voxels in other files: missing, several, or not in its folder.", True
+    ),
     "truncated": Reason("The file ends before its image does, or holds no pixels at all.", True),
     "cannot_decode": Reason("The pixel data cannot be decoded: no decoder, or a broken stream.", True),
     "reader_crashed": Reason("The reading process died on this scan; it was left out, the others went on.", True),
@@ -84,6 +87,8 @@ FLAGS: dict[str, str] = {
     "split_by_order": "Volumes told apart by the order of InstanceNumber alone; no other attribute does.",
     "lossy": "The pixels went through lossy compression, with the ratio when it is stated.",
     "philips_scaling": "Values are the displayed ones (rescaled), not the precise ones that Philips keeps apart.",
+    "sform_qform": "The two affines of a NIfTI file disagree (corners in mm, axes in degrees); the sform counts.",
+    "pixdim": "The voxel sizes of a NIfTI header disagree with its affine, which counts.",
     "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
 }
 

@@ -1,214 +1,216 @@
-"""NIfTI files: the only place where RAS exists.
+"""NIfTI-1 and NIfTI-2 files, in one file or two (.hdr and .img): the only place where RAS exists.
 
-A NIfTI header does not say whether its voxels are an image or class numbers, nor whether it is CT or MR. Both are
-decided by stated rules from the values (`is_label_map`, `looks_like_hu`), and the second is recorded as a guess.
+A file with a fourth axis (time, echoes, b-values) holds several volumes, each a scan of its own.
 """
 
-import gzip
 import logging
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
+from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
+from hilum.archive.ledger import flag
+from hilum.archive.raw import ImageHeader, RawVoxels, check_size
+from hilum.archive.values import read_image, scaled
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume, to_slices
 
 logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # its complaints arrive as reasons
 
-# What nibabel, gzip and numpy raise on broken files. A gzip stream that is cut off ends in EOFError or zlib.error.
-_CUT_OFF = (EOFError, zlib.error, OSError)
+# What nibabel and numpy raise on broken headers.
 _BROKEN = (
-    ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, struct.error, ValueError, TypeError,
-    LookupError, ArithmeticError, MemoryError,
+    HeaderDataError, HeaderTypeError, WrapStructError, struct.error, ValueError, TypeError, LookupError, ArithmeticError,
 )  # fmt: skip
 
-MAX_BYTES = 1 << 34
+HEAD_BYTES = 540  # the NIfTI-2 header; that of NIfTI-1 has 348
 LABEL_INTENT = 1002  # NIFTI_INTENT_LABEL
+# Several numbers per voxel: NIFTI_INTENT_GENMATRIX, SYMMATRIX, DISPVECT, VECTOR, POINTSET, TRIANGLE, QUATERNION, and
+# RGB_VECTOR, RGBA_VECTOR
+_VECTOR_INTENTS = (1004, 1005, 1006, 1007, 1008, 1009, 1010, 2003, 2004)
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: metre, millimetre, micrometre; unknown counts as mm
 _LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_MAX_APART_MM, _MAX_APART_DEG = 1.0, 1.0  # between sform and qform
+_MAX_PIXDIM_ERROR = 0.01  # share of the voxel size
 
 
-@dataclass(frozen=True)
-class NiftiHeader:
-    """What the header says: shape (k, j, i), affine (k, j, i, 1) → LPS mm, and whether it calls itself labels."""
-
-    shape: tuple[int, int, int]
-    affine: FloatArray
-    labels: bool
+def unpack(head: bytes) -> bytes:
+    """The beginning of a file's content: the same bytes, or the first HEAD_BYTES of a gzip stream."""
+    if head[:2] != b"\x1f\x8b":
+        return head
+    try:
+        return zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES)
+    except zlib.error:
+        return b""
 
 
 def looks_like_nifti(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (352 or more, gzip allowed) is a one-file NIfTI-1 or NIfTI-2."""
-    if head[:2] == b"\x1f\x8b":
-        try:
-            head = zlib.decompressobj(wbits=31).decompress(head, 352)
-        except zlib.error:
-            return False
-    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
+    """Whether a file that begins with these bytes (540 or more, gzip allowed) is NIfTI, or the .hdr of a pair."""
+    return _kind(unpack(head)) is not None
 
 
-def _open(path: Path) -> BinaryIO:
+def _kind(head: bytes) -> Any:
+    """nibabel's class of headers that begin with these bytes; None when they are no NIfTI."""
+    ones = {b"n+1\0": Nifti1Header, b"ni1\0": Nifti1PairHeader}
+    twos = {b"n+2\0": Nifti2Header, b"ni2\0": Nifti2PairHeader}
+    return ones.get(head[344:348]) or twos.get(head[4:8])
+
+
+def read_header(path: Path) -> ImageHeader:
+    """Shape, geometry and place of the voxels, without reading them. Raises ScanRefused."""
     try:
-        with open(path, "rb") as plain:
-            packed = plain.read(2) == b"\x1f\x8b"
-        return cast(BinaryIO, gzip.open(path, "rb") if packed else open(path, "rb"))
+        with open(path, "rb") as handle:
+            start = handle.read(1 << 14)
     except OSError as error:
         raise ScanRefused("unreadable", type(error).__name__) from None
+    head = unpack(start)
+    kind = _kind(head)
+    if kind is None:
+        raise ScanRefused("corrupt", "no NIfTI header")
+    length = kind.template_dtype.itemsize
+    if len(head) < length:
+        raise ScanRefused("truncated", f"{len(head)} of {length} bytes of the NIfTI header")
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            header = kind(head[:length], check=False)
+            pixdim = np.abs(np.array(header["pixdim"][1:4], float))
+            header.check_fix()
+            found = _describe(header, pixdim, path, start[:2] == b"\x1f\x8b")
+    except _BROKEN as error:
+        raise ScanRefused("corrupt", f"NIfTI header ({type(error).__name__})") from None
+    check_size(found.voxels)
+    return found
 
 
-def _load(handle: BinaryIO) -> Any:
-    """The nibabel image behind an open file; voxels unread. Raises what nibabel raises."""
-    magic = handle.read(352)
-    handle.seek(0)
-    kind = nib.Nifti2Image if magic[4:8] == b"n+2\0" else nib.Nifti1Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind.from_stream(handle)
-
-
-def read_header(path: Path) -> NiftiHeader:
-    """Shape and geometry, without the voxels. Raises ScanRefused."""
-    with _open(path) as handle:
-        try:
-            return _describe(_load(handle))
-        except _CUT_OFF as error:
-            raise ScanRefused("truncated", f"NIfTI header ({type(error).__name__})") from None
-        except _BROKEN as error:
-            raise ScanRefused("corrupt", f"NIfTI header ({type(error).__name__})") from None
-
-
-def _describe(image: Any) -> NiftiHeader:
-    header = image.header
-    shape = tuple(int(n) for n in image.shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    shape += (1,) * (3 - len(shape))
+def _describe(header: Any, pixdim: FloatArray, path: Path, packed: bool) -> ImageHeader:
+    """What a checked header says; `pixdim` as stored, since nibabel's check replaces zeros by ones."""
     dtype = header.get_data_dtype()
+    sizes = _sizes(header, dtype)
+    offset = int(header["vox_offset"])
+    if header.is_single:
+        if offset < header.single_vox_offset:
+            raise ScanRefused("corrupt", f"the voxels begin at byte {offset}, inside the header")
+    else:
+        path, packed = _image_of(path)
+        offset = max(offset, 0)
+    affine, flags = _geometry(header, pixdim, sizes)
+    slope, intercept = header.get_slope_inter()  # None when the slope is 0 or not finite: unscaled by the standard
+    return ImageHeader(
+        voxels=RawVoxels(path, 0, offset, packed, dtype, sizes, apart=3 if len(sizes) == 4 else None),
+        affine=affine,
+        labels=int(header["intent_code"]) == LABEL_INTENT,
+        slope=1.0 if slope is None else slope,
+        intercept=0.0 if slope is None else intercept,
+        flags=flags,
+    )
+
+
+def _sizes(header: Any, dtype: np.dtype[Any]) -> tuple[int, ...]:
+    """Sizes of the axes: three, or four when there are several volumes. Refuses what is no image in space and time."""
+    sizes = tuple(int(n) for n in header.get_data_shape())
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes = sizes[:-1]
+    sizes += (1,) * (3 - len(sizes))
     if dtype.names:
         raise ScanRefused("colour", "RGB voxels")
     if dtype.kind == "c":
         raise ScanRefused("other_format", "complex voxels")
-    if len(shape) > 3:
-        raise ScanRefused("not_3d", "×".join(str(n) for n in shape))
-    if min(shape) < 1:
-        raise ScanRefused("corrupt", "an axis without voxels")
-    if np.prod(shape, dtype=float) * dtype.itemsize > MAX_BYTES:
-        raise ScanRefused("too_large", "×".join(str(n) for n in shape))
-    if not int(header["qform_code"]) and not int(header["sform_code"]):
-        raise ScanRefused("no_geometry", "neither qform nor sform is set")
-    affine = _LPS_FROM_RAS @ np.asarray(image.affine, float)[:, [2, 1, 0, 3]]
-    affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise ScanRefused("other_format", f"voxels of {dtype.itemsize} bytes")
+    intent = int(header["intent_code"])
+    if len(sizes) > 4 or (len(sizes) == 4 and intent in _VECTOR_INTENTS):
+        numbers = "×".join(str(n) for n in sizes)
+        raise ScanRefused("not_3d", f"{numbers}, intent code {intent}" if intent else numbers)
+    return sizes
+
+
+def _image_of(path: Path) -> tuple[Path, bool]:
+    """The .img file of a header in two files, and whether it is packed. Raises ScanRefused when it is absent."""
+    stem = path.with_suffix("") if path.suffix == ".gz" else path
+    for suffix in (".img", ".IMG", ".img.gz"):
+        image = stem.with_suffix(suffix)
+        if stem.suffix and image.is_file():
+            return image, suffix == ".img.gz"
+    raise ScanRefused("detached_voxels", "no .img file beside the header")
+
+
+def _geometry(header: Any, pixdim: FloatArray, sizes: tuple[int, ...]) -> tuple[FloatArray, tuple[str, ...]]:
+    """The affine to LPS mm and cautions about it. The sform counts when its code is above 0, else the qform."""
+    sform, qform = header.get_sform(coded=True)[0], _qform(header, pixdim)
+    best = sform if sform is not None else qform
+    if best is None:
+        codes = f"sform code {int(header['sform_code'])}, qform code {int(header['qform_code'])}"
+        raise ScanRefused(
+            "no_geometry", f"no usable sform and no usable qform ({codes}): voxel sizes without directions"
+        )
+    scale = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    affine = _affine(best, scale)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ScanRefused("no_geometry", "the affine is singular or not finite")
-    i, j, k = shape
-    return NiftiHeader((k, j, i), affine, int(header["intent_code"]) == LABEL_INTENT)
+    flags = []
+    if sform is not None and qform is not None:
+        apart_mm, apart_deg = _apart(affine, _affine(qform, scale), sizes[2::-1])
+        if not (apart_mm <= _MAX_APART_MM and apart_deg <= _MAX_APART_DEG):
+            flags.append(flag("sform_qform", f"{apart_mm:.1f} mm, {apart_deg:.1f}°"))
+    spacing = np.linalg.norm(affine[:3, 2::-1], axis=0)
+    if not (np.abs(pixdim * scale - spacing) <= _MAX_PIXDIM_ERROR * spacing).all():
+        numbers = ", ".join(f"{a:g} for {b:g}" for a, b in zip(np.round(pixdim * scale, 4), np.round(spacing, 4)))
+        flags.append(flag("pixdim", f"{numbers} mm"))
+    return affine, tuple(flags)
 
 
-def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
-    """Read one NIfTI file. Raises ScanRefused, also for label maps.
+def _qform(header: Any, pixdim: FloatArray) -> FloatArray | None:
+    """The affine of the qform; None when its code is 0, its voxel sizes are none, or its quaternion is no rotation."""
+    if not (np.isfinite(pixdim) & (pixdim > 0)).all():
+        return None
+    try:
+        qform: FloatArray | None = header.get_qform(coded=True)[0]
+    except (HeaderDataError, ValueError):
+        return None
+    return qform if qform is None or np.isfinite(qform).all() else None
 
-    returns  a volume as `hilum.volume.to_slices` leaves it; modality "CT" with unit HU when the values prove it, else
-             "OT"; no repairs
 
-    Voxels are int16 when all values are whole and fit, else float32.
+def _affine(ras: FloatArray, scale: float) -> FloatArray:
+    """(i, j, k, 1) → RAS in the file's unit, as (k, j, i, 1) → LPS mm."""
+    affine: FloatArray = _LPS_FROM_RAS @ np.asarray(ras, float)[:, [2, 1, 0, 3]]
+    affine[:3] *= scale
+    return affine
+
+
+def _apart(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> tuple[float, float]:
+    """How far apart two affines put the corners of a volume (mm), and by how much they turn its axes (degrees)."""
+    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)], float) * [*(n - 1 for n in shape), 1]
+    directions = [m[:3, :3] / np.linalg.norm(m[:3, :3], axis=0) for m in (a, b)]
+    cosines = np.clip((directions[0] * directions[1]).sum(0), -1, 1)
+    return float(np.linalg.norm((a - b) @ corners.T, axis=0).max()), float(np.degrees(np.arccos(cosines.min())))
+
+
+def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
+    """Read one volume of a NIfTI file; see `hilum.archive.values.read_image`.
+
+    volume  number along the fourth axis
     """
-    header, voxels = _read_voxels(path)
-    if voxels.min() == voxels.max():
-        raise ScanRefused("constant", f"all voxels {float(voxels.flat[0]):g}")
-    if header.labels or is_label_map(voxels):
-        raise ScanRefused("label_map", "by its intent code" if header.labels else "by its values")
-    compact = _compact(voxels)
-    ct = looks_like_hu(compact)
-    vol = Volume(voxels=compact, affine=header.affine, modality="CT" if ct else "OT", unit="HU" if ct else "")
-    return to_slices(vol), ()
+    return read_image(read_header(path), volume)
 
 
 def read_label(path: Path) -> Volume:
     """Read a label map: class numbers on a grid, turned as `to_slices` turns the scan it belongs to.
 
-    Raises ScanRefused `corrupt` when the values are no whole numbers in 0…65535.
+    Raises ScanRefused `corrupt` when the values are no whole numbers in 0…65535, `not_3d` for several volumes.
     """
-    header, voxels = _read_voxels(path)
-    numbers = np.ascontiguousarray(voxels, np.int32)
-    if (numbers != voxels).any() or numbers.min() < 0 or numbers.max() > 65535:
+    header = read_header(path)
+    if header.voxels.num_volumes > 1:
+        raise ScanRefused("not_3d", f"{header.voxels.num_volumes} volumes; expected one label map")
+    values = scaled(header)
+    if not ((values >= 0) & (values <= 65535)).all() or (values != np.floor(values)).any():
         raise ScanRefused("corrupt", "expected a label map: whole numbers from 0 to 65535")
+    numbers: NDArray[np.int32] = np.ascontiguousarray(values, np.int32)
     return to_slices(Volume(voxels=numbers, affine=header.affine, modality="OT", kind="label"))
-
-
-def _read_voxels(path: Path) -> tuple[NiftiHeader, NDArray[Any]]:
-    """Header and voxels (Z, Y, X), all finite."""
-    with _open(path) as handle:
-        try:
-            image = _load(handle)
-            header = _describe(image)
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore")
-                voxels = np.asanyarray(image.dataobj).reshape(header.shape[::-1]).T
-        except _CUT_OFF as error:
-            raise ScanRefused("truncated", f"NIfTI voxels ({type(error).__name__})") from None
-        except _BROKEN as error:
-            raise ScanRefused("corrupt", f"NIfTI voxels ({type(error).__name__})") from None
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
-        raise ScanRefused("non_finite", f"{int((~np.isfinite(voxels)).sum())} of {voxels.size} voxels")
-    if max(abs(float(voxels.min())), abs(float(voxels.max()))) > float(np.finfo(np.float32).max):
-        raise ScanRefused("non_finite", "values beyond single precision")
-    return header, voxels
-
-
-def _compact(voxels: NDArray[Any]) -> NDArray[Any]:
-    """The same values as int16 when whole and within its range, else float32; contiguous, native byte order."""
-    if voxels.min() >= -32768 and voxels.max() <= 32767:
-        small = np.ascontiguousarray(voxels, np.int16)
-        if voxels.dtype.kind in "iub" or (small == voxels).all():
-            return small
-    return np.ascontiguousarray(voxels, np.float32)
-
-
-def is_label_map(voxels: NDArray[Any]) -> bool:
-    """Whether voxels are class numbers rather than intensities.
-
-    They are when all are whole numbers in 0…65535, and either there are at most 8 different ones, or at most 512 and
-    they form plateaus: among neighbours along any axis of which at least one is not 0, 30 % or more are equal. Label
-    maps at hand reach 49 % and more (the smallest structures the least), images at most 12 %.
-    """
-    if voxels.min() < 0 or voxels.max() > 65535:
-        return False
-    seen = np.zeros(65536, bool)
-    numbers = np.empty(voxels.shape, np.uint16)
-    for plane, whole in zip(voxels, numbers):
-        whole[...] = plane
-        seen[whole] = True
-        if (voxels.dtype.kind == "f" and (whole != plane).any()) or np.count_nonzero(seen) > 512:
-            return False
-    if np.count_nonzero(seen) <= 8:
-        return True
-    equal = counted = 0
-    for axis in range(3):
-        turned = np.moveaxis(numbers, axis, 0)
-        either = (turned[1:] != 0) | (turned[:-1] != 0)
-        equal += int(((turned[1:] == turned[:-1]) & either).sum())
-        counted += int(either.sum())
-    return equal >= 0.3 * counted
-
-
-def looks_like_hu(voxels: NDArray[Any]) -> bool:
-    """Whether voxels are surely Hounsfield units: whole numbers, air and soft tissue both present, little else.
-
-    Air is at or below −900, soft tissue, fat and water within ±200: each must make up 5 % of the voxels and both
-    together 60 %. An MR with negative values (phase, difference) has no such two peaks.
-    """
-    if voxels.dtype.kind not in "iu" or voxels.min() > -900:
-        return False
-    air = float((voxels <= -900).mean())
-    tissue = float((np.abs(voxels) <= 200).mean())
-    return min(air, tissue) >= 0.05 and air + tissue >= 0.6

@@ -12,14 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from hilum.archive import dicom, image, nifti
-from hilum.archive.dicom.header import Header, looks_like_dicom
-from hilum.archive.dicom.slices import read_headers
+from hilum.archive import array, dicom, image, itk, nifti
+from hilum.archive.dicom.header import Header
 from hilum.archive.ledger import Entry, flag
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
+from hilum.archive.recognise import look_at, loose
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import GeometryError, InputError, ScanRefused
 from hilum.terminal import Progress
@@ -30,16 +28,14 @@ Reader = Callable[[Entry, Policy], tuple[Volume, tuple[str, ...]]]
 
 READERS: dict[str, Reader] = {
     "dicom": lambda entry, policy: dicom.read(entry.paths, entry.frames, policy),
-    "nifti": lambda entry, policy: nifti.read(entry.paths[0]),
+    "nifti": lambda entry, policy: nifti.read(entry.paths[0], entry.frames[0] if entry.frames else 0),
+    "itk": lambda entry, policy: itk.read(entry.paths[0], entry.frames[0] if entry.frames else 0),
+    "array": lambda entry, policy: array.read(entry.paths[0]),
     "image": lambda entry, policy: image.read(entry.paths[0]),
 }
 
 MANY_FILES = 2000  # from here on, starting processes pays
 BATCH = 64
-_HEAD_BYTES = 4096
-# Image formats that are known but not read, by their first bytes.
-_OTHER_FORMATS = ((b"NRRD", "NRRD"), (b"ObjectType", "MetaImage"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"),
-                  (b"\x93NUMPY", "NumPy array"), (b"\0\0\0\x0cjP  ", "JPEG 2000"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ def examine(
     with closing(run(look, _batches(names), num_workers)) as results:
         for batch, found in results:
             if isinstance(found, Crashed):
-                found = [_loose(n, listing.root, key, "reader_crashed") for n in batch]
+                found = [loose(n, listing.root, key, "reader_crashed") for n in batch]
             headers += [f for f in found if isinstance(f, Header)]
             entries += [f for f in found if isinstance(f, Entry)]
             done += len(batch)
@@ -194,63 +190,4 @@ def _batches(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _look_at_all(names: Sequence[str], root: Path, key: Key, nifti_voxels: bool) -> list[Header | Entry]:
-    return [found for name in names for found in _look_at(name, root, key, nifti_voxels)]
-
-
-def _look_at(name: str, root: Path, key: Key, nifti_voxels: bool) -> Sequence[Header | Entry]:
-    """What one file is: the headers of the slices in a DICOM file, or the finished entry of anything else."""
-    path = root / name
-    try:
-        with open(path, "rb") as handle:
-            head = handle.read(_HEAD_BYTES)
-            if looks_like_dicom(head):
-                headers = read_headers(handle, path)
-                return headers if headers[0].refusal != "not_an_image" else [_loose(name, root, key, "not_an_image")]
-    except OSError as error:
-        return [_loose(name, root, key, "unreadable", type(error).__name__)]
-    if nifti.looks_like_nifti(head):
-        return [_look_at_nifti(name, root, key, nifti_voxels)]
-    if image.looks_like_image(head):
-        return [_look_at_image(name, root, key)]
-    known = next((kind for magic, kind in _OTHER_FORMATS if head.startswith(magic)), "")
-    if head[344:348] == b"ni1\0":
-        known = "NIfTI in two files"
-    if known:
-        return [_loose(name, root, key, "other_format", known)]
-    return [_loose(name, root, key, "not_an_image", "" if head else "empty file")]
-
-
-def _loose(name: str, root: Path, key: Key, reason: str, detail: str = "", reader: str = "") -> Entry:
-    return Entry(key=key.hash("item", name), reader=reader, reason=reason, detail=detail, paths=(root / name,))
-
-
-def _look_at_nifti(name: str, root: Path, key: Key, voxels: bool) -> Entry:
-    try:
-        header = nifti.read_header(root / name)
-    except ScanRefused as refused:
-        return _loose(name, root, key, refused.reason, refused.detail, "nifti")
-    grid = Volume(voxels=np.zeros((1, 1, 1), np.int8), affine=header.affine, modality="OT")
-    entry = Entry(
-        key=key.hash("item", name),
-        reader="nifti",
-        modality="OT",
-        num_slices=header.shape[0],
-        rows=header.shape[1],
-        columns=header.shape[2],
-        spacing_mm=grid.spacing_mm,
-        orientation=grid.orientation,
-        shear_deg=round(grid.shear_deg, 3),
-        paths=(root / name,),
-    )
-    return check(entry) if voxels else entry
-
-
-def _look_at_image(name: str, root: Path, key: Key) -> Entry:
-    try:
-        rows, columns = image.read_header(root / name)
-    except ScanRefused as refused:
-        return _loose(name, root, key, refused.reason, refused.detail, "image")
-    return Entry(
-        key=key.hash("item", name), reader="image", modality="OT", num_slices=1, rows=rows, columns=columns,
-        paths=(root / name,),
-    )  # fmt: skip
+    return [found for name in names for found in look_at(name, root, key, check if nifti_voxels else None)]
