@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 ACCEPTED, REJECTED = "#37c871", "#ff5a4f"
 SERIES = ("#0b6e8a", "#d1662a", "#5f8f3e", "#8a4fa3", "#5b6675")
-NIGHT, LETTER, FAINT = "#0a0d11", "#f0d890", "#8b97a6"  # ground of pictures, letters on it, small print on it
+NIGHT, LETTER, FAINT = "#0a0d11", "#ffdd85", "#94a0af"  # ground of pictures, letters on it, small print on it
 
 
 def window(pixels: Array, unit: str) -> tuple[float, float]:
@@ -256,16 +256,15 @@ def planes(panels: Sequence[Panel], limits: tuple[float, float]) -> Figure:
     left = (9.6 - used) / 2
     for column in columns:
         wide = 2 * edge + sizes[column, 1].max() * scale
-        spare = (height - (head + foot) * len(column) - sizes[column, 0].sum() * scale) / len(column)
-        top = height
+        top = (height + (head + foot) * len(column) + sizes[column, 0].sum() * scale) / 2
         for n in column:
             tall_in, wide_in = sizes[n] * scale
-            top -= spare / 2 + head + tall_in
+            top -= head + tall_in
             box = ((left + (wide - wide_in) / 2) / 9.6, top / height, wide_in / 9.6, tall_in / height)
             axes = figure.add_axes(box)
             _draw_panel(axes, panels[n], limits)
             _letter(axes, panels[n], 1 / scale)
-            top -= spare / 2 + foot
+            top -= foot
         left += wide
     return figure
 

@@ -58,19 +58,16 @@ def inspect(
     """
     store, _, wanted = str(source).rpartition(":")
     if store and not Path(source).exists() and (Path(store) / "store.json").exists():
-        rows = read_ledger(Path(store) / "ledger.parquet")
-        chosen = _pick(rows, wanted)
-        looks = [look_in_store(Store(store), entry) for entry in chosen]
+        rows = _pick(read_ledger(Path(store) / "ledger.parquet"), wanted)
+        looks = [look_in_store(Store(store), entry) for entry in rows]
     else:
         rows = _rows(Path(source), key or read_key())
-        shown = [entry for entry in rows if entry.reader] or rows
-        chosen = _pick(rows, series) if series else sorted(shown, key=_interest)[:max_scans]
-        looks = _look_at_all(chosen, progress)
-    verdicts = {entry.key: _row(entry) for entry in rows}
-    verdicts |= {seen.record["key"]: {name: seen.record[name] for name in _ROW} for seen in looks}
+        rows = _pick(rows, series) if series else sorted(rows, key=_interest)
+        looks = _look_at_all(([entry for entry in rows if entry.reader] or rows)[:max_scans], progress)
+    looked = {seen.record["key"]: {name: seen.record[name] for name in _ROW} for seen in looks}
     result = {
         "num_rows": len(rows),
-        "rows": [verdicts[entry.key] for entry in sorted(rows, key=_interest)],
+        "rows": [looked.get(entry.key) or {name: getattr(entry, name) for name in _ROW} for entry in rows],
         "scans": [seen.record for seen in looks],
     }
     if out is not None:
@@ -79,10 +76,6 @@ def inspect(
 
 
 _ROW = ("key", "verdict", "reason", "modality", "num_files", "num_slices", "rows", "columns", "spacing_mm")
-
-
-def _row(entry: Entry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in _ROW}
 
 
 def _rows(source: Path, key: Key) -> list[Entry]:
@@ -146,7 +139,8 @@ def verdict_lines(record: dict[str, Any]) -> list[str]:
 
 def facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     """Name and text of all that is known, in the order of reading."""
-    rows = [("modality", f"{record['modality'] or 'none'}{', unit ' + record['unit'] if record['unit'] else ''}")]
+    modality = {"": "none", "OT": "OT (unknown)"}.get(record["modality"], record["modality"])
+    rows = [("modality", f"{modality}, unit {record['unit']}" if record["unit"] else modality)]
     if record["reader"]:
         rows.append(("read as", f"{record['reader']}, {record['num_files']:,} file{'s' * (record['num_files'] != 1)}"))
     if record["shape"]:
@@ -252,11 +246,11 @@ def _add_rows(page: Page, result: dict[str, Any]) -> None:
         ["key", "verdict", "reason", "modality", "slices", "files"],
         [
             [f"`{r['key']}`", r["verdict"], r["reason"], r["modality"], f"{r['num_slices']:,}", f"{r['num_files']:,}"]
-            for r in result["rows"][:200]
+            for r in result["rows"][:40]
         ],
     )
-    if result["num_rows"] > 200:
-        page.note(f"{result['num_rows'] - 200:,} more rows are left out here; `hilum scan` lists all.")
+    if result["num_rows"] > 40:
+        page.note(f"{result['num_rows'] - 40:,} more rows are left out here; `hilum scan` lists all.")
 
 
 def _add_scan(page: Page, seen: Look, number: int) -> None:
@@ -272,11 +266,12 @@ def _add_scan(page: Page, seen: Look, number: int) -> None:
     items += [("note", remark, "") for remark in record["remarks"]]
     if items:
         page.table(["", "what to know", "numbers"], items)
-    if seen.steps:
+    median = float(np.median(seen.steps)) if seen.steps else 0.0
+    if any(abs(step - median) > 0.01 * median for step in seen.steps):
         page.figure(
-            figures.steps(np.array(seen.steps), float(np.median(seen.steps)), "after slice"),
+            figures.steps(np.array(seen.steps), median, "after slice"),
             f"Distance from each slice to the next along the slice normal; dashed: the median, "
-            f"{np.median(seen.steps):.3g} mm; red: more than 5 % off.",
+            f"{median:.3g} mm; red: more than 5 % off.",
         )
     if record["values"]:
         _add_values(page, record)
@@ -298,10 +293,10 @@ def _add_pictures(page: Page, seen: Look) -> None:
         page.figure(figures.planes(seen.planes, seen.limits), f"{grey}{lettered}", alt="middle planes")
     if len(seen.slices) > 1 or not seen.planes:
         edges = seen.slices[0].edges
-        seen = f" Top {edges[0]}, bottom {edges[1]}, left {edges[2]}, right {edges[3]}." if edges else ""
+        sides = f" Top {edges[0]}, bottom {edges[1]}, left {edges[2]}, right {edges[3]}." if edges else ""
         page.figure(
             figures.montage(seen.slices, [seen.limits] * len(seen.slices)),
-            f"{len(seen.slices)} slices, evenly spaced.{seen} {grey}",
+            f"{len(seen.slices)} slices, evenly spaced.{sides} {grey}",
         )
 
 

@@ -153,11 +153,10 @@ def _batches(ledger: Path) -> Any:
 def _with_plane(table: pa.Table) -> pa.Table:
     """Where the ledger guesses no plane, that of a DICOM stack follows from the direction of its slices."""
     first = pc.utf8_slice_codeunits(table["orientation"], 0, 1)
-    known = pc.and_(pc.equal(table["reader"], "dicom"), pc.not_equal(first, ""))
-    named = pc.replace_with_mask(
-        pa.array([""] * len(table)), _whole(known), pa.array([PLANE_NAMES[c] for c in first.filter(known).to_pylist()])
-    )
-    plane = pc.if_else(pc.equal(table["plane"], ""), named, table["plane"])
+    unknown = pc.and_(pc.equal(table["plane"], ""), pc.equal(table["reader"], "dicom"))
+    plane = table["plane"]
+    for letter, name in PLANE_NAMES.items():
+        plane = pc.if_else(pc.and_(unknown, pc.equal(first, letter)), name, plane)
     return table.set_column(table.column_names.index("plane"), "plane", plane)
 
 
@@ -340,15 +339,16 @@ def _add_reasons(page: Page, totals: Totals) -> None:
         if part
     ]
     page.figure(figures.bars(panels), "Files by reason.")
-    page.table(
-        ["", "reason", "files", "rows", "meaning", "what to do"],
-        [
-            [kind, f"`{r['reason']}`", f"{r['num_files']:,}", f"{r['num_rows']:,}", REASONS[r["reason"]].sentence,
-             advice(r["reason"])]
-            for kind, part in (("fault", faults), ("set aside", aside))
-            for r in part
-        ],
-    )  # fmt: skip
+    for kind, part in (("fault", faults), ("set aside", aside)):
+        if part:
+            page.table(
+                [kind, "files", "rows", "meaning", "what to do"],
+                [
+                    [f"`{r['reason']}`", f"{r['num_files']:,}", f"{r['num_rows']:,}", REASONS[r["reason"]].sentence,
+                     advice(r["reason"])]
+                    for r in part
+                ],
+            )  # fmt: skip
 
 
 def _add_thumbnails(page: Page, drawn: Sequence[Drawn], asked: bool) -> None:
@@ -367,7 +367,7 @@ def _add_thumbnails(page: Page, drawn: Sequence[Drawn], asked: bool) -> None:
         colours.append(figures.REJECTED if row["reason"] else figures.FAINT)
     limits = [figures.window(panel.pixels, unit) for _, panel, unit in drawn]
     page.figure(
-        figures.montage(panels, limits, 10, colours),
+        figures.montage(panels, limits, 8, colours),
         f"The middle slice of {len(drawn)} scans, taken evenly over verdict, modality, vendor and plane. First digits of "
         "the key, modality, spacing (slices, rows, columns), verdict; red: not used. CT from −160 to 240 HU.",
     )
