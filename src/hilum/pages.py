@@ -35,6 +35,7 @@ th { color: var(--soft); font-weight: 600; } td.best { font-weight: 700; color: 
 figure { margin: .8rem 0 1.4rem; } figure img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 figcaption, .note { color: var(--soft); font-size: .88rem; margin-top: .45rem; max-width: 52rem; }
 code { font: .9em ui-monospace, monospace; background: var(--ground); padding: .1em .35em; border-radius: 4px; }
+td code { white-space: nowrap; }
 pre { background: var(--ground); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; } pre code { padding: 0; }
 .callout { border-left: 4px solid var(--soft); background: var(--ground); padding: .7rem 1rem; border-radius: 0 6px 6px 0; }
 .callout { white-space: pre-line; margin: 0 0 1.1rem; } .good { border-color: #2c9f5c; } .bad { border-color: #d9483d; }

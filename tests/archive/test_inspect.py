@@ -216,6 +216,19 @@ def test_a_screenshot_is_never_drawn(write_series, voxels, key, tmp_path):
     assert (shown.record["reason"], shown.planes, shown.slices) == ("secondary_capture", (), ())
 
 
+@pytest.mark.parametrize(("step", "drawn"), [(1.0, 3), (0.5, 0)])
+def test_label_maps_are_drawn_when_they_hold_whole_numbers(tmp_path, key, step, drawn):
+    """Both call themselves labels (intent code 1002); only the first can be read as such."""
+    import nibabel as nib
+
+    image = nib.Nifti1Image((np.arange(60).reshape(3, 4, 5) % 4 * step).astype(np.float32), np.eye(4))
+    image.header.set_intent("label")
+    nib.save(image, tmp_path / "labels.nii")
+    (entry,) = find(tmp_path / "labels.nii", key)
+    shown = look(entry)
+    assert (shown.record["reason"], len(shown.planes)) == ("label_map", drawn)
+
+
 def test_tilt_gaps_and_anisotropy_are_named(here, write_series, voxels, key, tmp_path):
     write_series(voxels, step=(0, 1.0, 5.0), SliceThickness=1.0)
     (record,) = inspect(tmp_path / "archive", key=key)["scans"]

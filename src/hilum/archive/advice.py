@@ -23,6 +23,7 @@ _ADVICE = {
     "too_large": "Check the header: real images are smaller. If it is real, use a machine with more memory.",
     "constant": "Nothing: there is no image in it.",
     "label_map": "Nothing: use it as a mask (`hilum embed --level region --masks`).",
+    "multiframe": "Export it as classic DICOM, one slice per file.",
     "duplicate_instance": "Nothing: the other copy is used.",
     "too_few_slices": "Nothing, or lower `--min-slices`.",
     "derived": "Use the images it was computed from.",

@@ -61,7 +61,7 @@ def inspect(
         rows = _pick(read_ledger(Path(store) / "ledger.parquet"), wanted)
         looks = [look_in_store(Store(store), entry) for entry in rows]
     else:
-        rows = _rows(Path(source), key or read_key())
+        rows = _rows(Path(source), key or read_key(), progress)
         rows = _pick(rows, series) if series else sorted(rows, key=_interest)
         looks = _look_at_all(([entry for entry in rows if entry.reader] or rows)[:max_scans], progress)
     looked = {seen.record["key"]: {name: seen.record[name] for name in _ROW} for seen in looks}
@@ -78,14 +78,14 @@ def inspect(
 _ROW = ("key", "verdict", "reason", "modality", "num_files", "num_slices", "rows", "columns", "spacing_mm")
 
 
-def _rows(source: Path, key: Key) -> list[Entry]:
+def _rows(source: Path, key: Key, progress: Progress | None) -> list[Entry]:
     """The ledger rows of a folder, or those that a file belongs to."""
     if (source / "store.json").exists():
         raise UsageError(f"{source} is a store; name one scan as {source}:KEY, or see all with: hilum show {source}")
     if not source.exists():
         raise InputError(f"{source} is missing; expected a file, a folder, or STORE:KEY")
     if not source.is_file():
-        return find(source, key)
+        return find(source, key, progress=progress)
     try:
         with open(source, "rb") as handle:
             stack = looks_like_dicom(handle.read(4096))
@@ -261,11 +261,11 @@ def _add_scan(page: Page, seen: Look, number: int) -> None:
     if seen.limits is not None:
         _add_pictures(page, seen)
     page.table(["", ""], [("scan", f"`{record['key']}`"), *facts(record)])
-    items = [("repaired", repair, "") for repair in record["repairs"]]
-    items += [("caution", flag["sentence"], flag["numbers"]) for flag in record["flags"]]
-    items += [("note", remark, "") for remark in record["remarks"]]
+    items = [("repaired", repair) for repair in record["repairs"]]
+    items += [("caution", f"{flag['sentence']} {flag['numbers']}") for flag in record["flags"]]
+    items += [("note", remark) for remark in record["remarks"]]
     if items:
-        page.table(["", "what to know", "numbers"], items)
+        page.table(["", "what to know"], items)
     median = float(np.median(seen.steps)) if seen.steps else 0.0
     if any(abs(step - median) > 0.01 * median for step in seen.steps):
         page.figure(
@@ -287,7 +287,7 @@ def _add_pictures(page: Page, seen: Look) -> None:
     assert seen.limits is not None
     low, high = seen.limits
     unit = f" {seen.record['unit']}" if seen.record["unit"] else ""
-    grey = f"Black to white: {low:.4g} to {high:.4g}{unit}."
+    grey = f"Black to white: {low:.4g} to {high:.4g}{unit}.".replace("-", "−")
     if seen.planes:
         lettered = "" if seen.planes[0].edges else " No geometry: no letters, no scale."
         page.figure(figures.planes(seen.planes, seen.limits), f"{grey}{lettered}", alt="middle planes")

@@ -24,6 +24,7 @@ MONTAGE = 24
 _SAMPLE = 4_000_000  # voxels that percentiles and histogram look at
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _HU_RANGE = (-1100.0, 2000.0)
+_HARMLESS = {"duplicate_instance", "too_few_slices"}  # set aside by design, but ordinary slices
 
 
 @dataclass(frozen=True)
@@ -165,17 +166,10 @@ def _look_at_refused(entry: Entry) -> Look:
     What was set aside by its kind (a screenshot, a report) is never drawn: such pictures carry names.
     """
     shown = describe(entry)
-    if entry.reader == "nifti" and entry.reason == "label_map":
-        labels = nifti.read_label(entry.paths[0])
-        top = float(labels.voxels.max())
-        shown.record["shape"], shown.record["geometry"] = list(labels.shape), geometry(labels)
-        return replace(
-            shown,
-            planes=tuple(middle_planes(labels)),
-            slices=tuple(slice_panels(labels, MONTAGE)),
-            limits=(0.0, max(top, 1.0)),
-        )
-    if entry.reader != "dicom" or entry.modality not in ("CT", "MR"):
+    if entry.reason == "label_map" and entry.reader == "nifti":
+        return _label_map(entry, shown)
+    drawable = REASONS[entry.reason].fault or entry.reason in _HARMLESS
+    if not drawable or entry.reader != "dicom" or entry.modality not in ("CT", "MR"):
         return shown
     order, steps = _order(entry)
     number = min(MONTAGE, len(order))
@@ -204,6 +198,20 @@ def _look_at_refused(entry: Entry) -> Look:
     if len(panels) > 1:
         shown.record["remarks"].append("No volume: slices are shown one by one, in the order of their positions.")
     return replace(shown, slices=tuple(panels), limits=window(np.concatenate(pooled), unit), steps=steps)
+
+
+def _label_map(entry: Entry, shown: Look) -> Look:
+    try:
+        labels = nifti.read_label(entry.paths[0])
+    except (ScanRefused, MemoryError):
+        return shown  # labels that are no whole numbers: the verdict stands, there is nothing to draw
+    shown.record["shape"], shown.record["geometry"] = list(labels.shape), geometry(labels)
+    return replace(
+        shown,
+        planes=tuple(middle_planes(labels)),
+        slices=tuple(slice_panels(labels, MONTAGE)),
+        limits=(0.0, max(float(labels.voxels.max()), 1.0)),
+    )
 
 
 def _order(entry: Entry) -> tuple[list[int], tuple[float, ...]]:
