@@ -3,6 +3,7 @@
 A scan is read in a process of its own, so that a decoder that dies costs only its verdict.
 """
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from hilum.archive.dicom.header import looks_like_dicom
 from hilum.archive.ledger import REASONS, Entry, read_ledger
 from hilum.archive.look import Look, describe, look, look_in_store
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.scan import Listing, crashed, examine, find
+from hilum.archive.scan import crashed, find
 from hilum.archive.store import Store
 from hilum.archive.workers import Crashed, run
 from hilum.errors import InputError, UsageError
@@ -46,7 +47,7 @@ def inspect(
 ) -> dict[str, Any]:
     """What is known of a scan and whether it would be used.
 
-    source     a file (a DICOM slice stands for its series in that folder), a folder, or "STORE:KEY"
+    source     a file (a DICOM slice stands for its series in that folder and below), a folder, or "STORE:KEY"
     series     the key of one scan in a folder, or its first digits; None: the first `max_scans` are looked at
     out        one HTML page with pictures; None: no page
     key        hashes identifiers; None: the user's own
@@ -84,18 +85,11 @@ def _rows(source: Path, key: Key, progress: Progress | None) -> list[Entry]:
         raise UsageError(f"{source} is a store; name one scan as {source}:KEY, or see all with: hilum show {source}")
     if not source.exists():
         raise InputError(f"{source} is missing; expected a file, a folder, or STORE:KEY")
-    if not source.is_file():
-        return find(source, key, progress=progress)
-    try:
-        with open(source, "rb") as handle:
-            stack = looks_like_dicom(handle.read(4096))
-    except OSError:
-        stack = False  # `find` says why
-    if not stack:
-        return find(source, key)
-    folder = source.parent
-    files = tuple(sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file()))
-    return [e for e in examine(Listing(folder, files, ()), key, nifti_voxels=False) if source in e.paths]
+    if source.is_file():
+        with contextlib.suppress(OSError), open(source, "rb") as handle:  # what cannot be opened, `find` says by name
+            if looks_like_dicom(handle.read(4096)):
+                return [e for e in find(source.parent, key, progress=progress) if source in e.paths]
+    return find(source, key, progress=progress)
 
 
 def _pick(rows: Sequence[Entry], wanted: str) -> list[Entry]:

@@ -4,6 +4,7 @@ What comes out is small and carries keys, numbers and reason codes, no name and 
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from hilum.archive import nifti
 from hilum.archive.advice import advice
-from hilum.archive.dicom.header import read_header
+from hilum.archive.dicom.header import Header, read_header
 from hilum.archive.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
 from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS, Entry
 from hilum.archive.scan import read_entry, refuse, with_volume
@@ -183,7 +184,7 @@ def _look_at_refused(entry: Entry) -> Look:
             vol, _ = read_entry(alone)
         except ScanRefused:
             continue  # this slice cannot be shown; the verdict of the scan stands above
-        panels.append(replace(slice_panels(vol, 1)[0], title=f"file {order.index(at) + 1}"))
+        panels.append(replace(slice_panels(vol, 1)[0], title=str(order.index(at) + 1)))
         pooled.append(_sample(vol.voxels))
         unit = vol.unit
     if steps:
@@ -215,27 +216,28 @@ def _label_map(entry: Entry, shown: Look) -> Look:
 
 
 def _order(entry: Entry) -> tuple[list[int], tuple[float, ...]]:
-    """Files in the order of their position along the first one's slice normal, and the distances between them in mm.
+    """Slices in the order of their position along the first one's normal, and the distances between them in mm.
 
-    Files without a position, or seen from another direction, keep the order they have and give no distances.
+    Slices without a position, or seen from another direction, keep the order they have and give no distances.
     """
-    files = list(range(len(entry.paths)))
-    places, normal = [], None
-    for path in entry.paths if not any(entry.frames) else ():
-        try:
-            with open(path, "rb") as handle:
-                header = read_header(handle, path)
-        except OSError:
-            return files, ()
-        if len(header.position) != 3 or len(header.orientation) != 6:
-            return files, ()
-        across = np.cross(header.orientation[:3], header.orientation[3:])
-        if normal is None:
-            normal = across * np.sign(across[np.argmax(np.abs(across))])
-        elif abs(abs(across @ normal) - 1) > 1e-3:
-            return files, ()
-        places.append(float(np.asarray(header.position) @ normal))
-    if not places:
-        return files, ()
+    as_listed = list(range(len(entry.paths)))
+    try:
+        headers = {path: _headers(path) for path in dict.fromkeys(entry.paths)}
+    except OSError:
+        return as_listed, ()
+    found = [headers[path][frame] for path, frame in zip(entry.paths, entry.frames or [0] * len(entry.paths))]
+    if any(len(h.position) != 3 or len(h.orientation) != 6 for h in found):
+        return as_listed, ()
+    normals = np.array([np.cross(h.orientation[:3], h.orientation[3:]) for h in found])
+    normal = normals[0] * np.sign(normals[0][np.argmax(np.abs(normals[0]))])
+    if np.abs(np.abs(normals @ normal) - 1).max() > 1e-3:
+        return as_listed, ()
+    places = np.array([h.position for h in found]) @ normal
     order = np.argsort(places, kind="stable")
-    return order.tolist(), tuple(float(step) for step in np.diff(np.asarray(places)[order]))
+    return order.tolist(), tuple(np.diff(places[order]).tolist())
+
+
+def _headers(path: Path) -> list[Header]:
+    """The headers of all slices in one file."""
+    with open(path, "rb") as handle:
+        return [read_header(handle, path)]
