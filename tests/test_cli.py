@@ -128,7 +128,7 @@ def test_usage_errors_of_ours(hilum, tmp_path):
 
 def test_help_of_every_command(hilum):
     commands = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert {"demo", "phantom", "scan", "prepare", "pretrain", "embed", "probe", "info"} <= commands
+    assert {"demo", "phantom", "scan", "prepare", "pretrain", "embed", "probe", "inspect", "show", "info"} <= commands
     code, out, _ = hilum("--help")
     assert code == 0
     for command in commands:
@@ -136,6 +136,7 @@ def test_help_of_every_command(hilum):
         code, text, _ = hilum(command, "--help")
         assert code == 0
         assert "Usage: " in text
+        assert max(map(len, text.splitlines())) <= 100, command
     assert "Exit codes: 0 done" in out
 
 
@@ -200,6 +201,36 @@ def test_scan_prints_a_table_without_json(hilum, archive):
     assert out.startswith("used: 2 scans in 16 of 19 files\n")
     assert "localizer" in out
     assert "secondary_capture" in out
+
+
+def test_inspect_ends_well_when_it_can_say_what_is_wrong(hilum, archive, tmp_path):
+    """Exit code 0 for a refused scan, too; 3 when there is nothing to look at."""
+    broken = next(p for p in (archive / "scans").iterdir() if p.name == "broken.dcm")
+    code, out, err = hilum("inspect", broken, "--json", "--quiet")
+    (record,) = json.loads(out)["scans"]
+    assert (code, err, record["verdict"]) == (0, "", "refused")
+    code, out, _ = hilum("inspect", archive / "scans" / "PHANTOM0000" / "ct", "-o", tmp_path / "page.html", "-q")
+    assert code == 0
+    assert "USED" in out
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 100
+    assert out.endswith("page.html: a page with pictures\n")
+    assert "data:image/png" in (tmp_path / "page.html").read_text()
+    code, _, err = hilum("inspect", tmp_path / "absent")
+    assert (code, "is missing; expected a file, a folder, or STORE:KEY" in err) == (3, True)
+    code, _, err = hilum("inspect", tmp_path / "absent:0123")
+    assert code == 3
+
+
+def test_show_writes_a_page(hilum, archive, tmp_path):
+    hilum("scan", archive / "scans", "-o", tmp_path / "l.parquet", "-q")
+    code, out, _ = hilum(
+        "show", tmp_path / "l.parquet", "-o", tmp_path / "p.html", "--archive", archive / "scans", "-q"
+    )
+    assert (code, out) == (0, f"{tmp_path / 'p.html'}: 19 files, 2 scans used\n")
+    code, out, _ = hilum("show", tmp_path / "l.parquet", "-o", tmp_path / "p.html", "--json")
+    assert (code, json.loads(out)["num_files"]) == (0, 19)
+    code, _, err = hilum("show", archive / "labels.csv", "-o", tmp_path / "p.html")
+    assert (code, "is no Parquet file, so neither ledger nor store" in err) == (3, True)
 
 
 def test_left_out_scans_are_exit_code_four(hilum, archive, tmp_path):

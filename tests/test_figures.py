@@ -74,3 +74,61 @@ def test_the_other_figures_draw(pixels):
     ]
     for figure in drawn:
         assert len(figure_png(figure)) > 3000
+
+
+def test_planes_stand_on_one_scale_inside_the_figure():
+    """Thin and tall slices, side by side or below one another: nothing overlaps, nothing is stretched."""
+    for shapes in (
+        [(500, 500), (20, 500), (20, 500)],
+        [(120, 240), (240, 240), (240, 120)],
+        [(1800, 400)] * 3,
+        [(9, 7)],
+    ):
+        panels = [figures.Panel(np.zeros((4, 5)), (h / 4, w / 5), ("A", "P", "R", "L"), "t") for h, w in shapes]
+        figure = figures.planes(panels, (0, 1))
+        width, height = figure.get_size_inches()
+        boxes = [a.get_position() for a in figure.axes]
+        scales = [v for b, (h, w) in zip(boxes, shapes) for v in (b.width * width / w, b.height * height / h)]
+        assert scales == pytest.approx([scales[0]] * len(scales))
+        for n, box in enumerate(boxes):
+            assert 0 <= box.x0 < box.x1 <= 1
+            assert 0 <= box.y0 < box.y1 <= 1
+            assert not any(box.overlaps(other) for other in boxes[n + 1 :])
+        assert figure_png(figure).startswith(b"\x89PNG")
+
+
+def test_the_scale_bar_is_as_long_as_it_says():
+    for wide, bar in ((400.0, 50), (60.0, 20), (8.0, 5)):
+        figure = figures.planes([figures.Panel(np.zeros((4, 4)), (wide / 4, wide / 4))], (0, 1))
+        (axes,) = figure.axes
+        line = axes.get_lines()[0]
+        assert list(line.get_xdata()) == [0, bar]
+        assert f"{bar} mm" in [t.get_text() for t in axes.texts]
+    figure = figures.planes([figures.Panel(np.zeros((4, 4)))], (0, 1))
+    assert not figure.axes[0].get_lines()
+
+
+def test_a_montage_keeps_proportions_and_order():
+    panels = [figures.Panel(np.full((4, 8), n), (2.0, 0.5), title=f"s{n}") for n in range(5)]
+    figure = figures.montage(panels, [(0, 4)] * 5, columns=3, colours=["#ffffff"] * 5)
+    assert [int(a.get_images()[0].get_array()[0, 0]) for a in figure.axes] == [0, 1, 2, 3, 4]
+    assert all(a.get_images()[0].get_extent() == [0, 4, 8, 0] and a.get_aspect() == 1 for a in figure.axes)
+    assert [t.get_text() for t in figure.texts] == [f"s{n}" for n in range(5)]
+    tops = [round(a.get_position().y1, 3) for a in figure.axes]
+    assert tops[0] == tops[2] > tops[3] == tops[4]
+    figure_png(figure)
+
+
+def test_histograms_bars_and_steps_show_their_numbers():
+    figure = figures.histogram(np.arange(5.0), np.array([1, 10, 0, 3]), "HU", [("fat", 1, 2), ("bone", 7, 9)])
+    assert [t.get_text() for t in figure.axes[0].texts] == ["fat"]  # bone lies outside
+    figure_png(figure)
+    figure = figures.bars([("faults", "#f00", [("a", 3.0)]), ("others", "#000", [("b", 2000.0), ("c", 1.0)])])
+    assert [[t.get_text() for t in a.texts] for a in figure.axes] == [["3"], ["2,000", "1"]]
+    figure_png(figure)
+    figure = figures.steps(np.array([2.0, 2.05, 5.0]), 2.0, "after slice")
+    drawn = {
+        str(line.get_color()): list(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_marker() == "o"
+    }
+    assert drawn == {figures.SERIES[0]: [1, 2], figures.REJECTED: [3]}
+    figure_png(figure)

@@ -75,6 +75,8 @@ def test_everything_given_is_escaped(figure):
     page.section(nasty, f"{nasty} `{nasty}`")
     page.table([nasty], [[nasty]])
     page.note(nasty)
+    page.callout(nasty, nasty)
+    page.numbers([(nasty, nasty)])
     page.code(nasty)
     page.figure(figure, nasty)
     found = read(page)
@@ -115,3 +117,13 @@ def test_an_odd_backquote_does_not_break_the_page():
     page = Page("T")
     page.text("it's 5` long, and `this` is code")
     read(page)
+
+
+def test_callouts_and_numbers():
+    page = Page("T")
+    page.callout("one\ntwo", "bad")
+    page.numbers([("files", "4,829")])
+    found = read(page)
+    assert found.text["div"] == ["one\ntwo"]
+    assert (found.text["dt"], found.text["dd"]) == (["files"], ["4,829"])
+    assert ("div", {"class": "callout bad"}) in found.attributes

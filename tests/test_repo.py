@@ -143,7 +143,9 @@ assert hilum.__version__
 from hilum import api
 print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
-    assert set(run(code).split()) == {"demo", "embed", "phantom", "prepare", "pretrain", "probe", "scan"}
+    assert set(run(code).split()) == {
+        "demo", "embed", "inspect", "phantom", "prepare", "pretrain", "probe", "scan", "show",
+    }  # fmt: skip
 
 
 def test_files_and_functions_are_short():

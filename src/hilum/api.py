@@ -1,5 +1,7 @@
 """Every command as a Python function of the same name: `from hilum import api`, then `api.prepare(...)`."""
 
+from hilum.archive.inspect import inspect
+from hilum.archive.overview import show
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
@@ -8,4 +10,4 @@ from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.probe.fit import probe
 
-__all__ = ["demo", "embed", "phantom", "prepare", "pretrain", "probe", "scan"]
+__all__ = ["demo", "embed", "inspect", "phantom", "prepare", "pretrain", "probe", "scan", "show"]

@@ -234,6 +234,42 @@ def probe(
 
 
 @app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SCAN", help="A file, a folder, or STORE:KEY.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML page with pictures to write.")] = None,
+    series: Annotated[str | None, typer.Option(help="Key of one scan in a folder, or its first digits.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The doctor: what is known of a scan, whether it would be used, and if not, why and what to do."""
+    from hilum.archive.inspect import inspect as run
+    from hilum.archive.inspect import terminal_text
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        result = run(source, series=series, out=out, progress=progress)
+    page = f"\n\n{out}: a page with pictures" if out else ""
+    _print(result, as_json, terminal_text(result) + page)
+
+
+@app.command()
+def show(
+    thing: Annotated[Path, typer.Argument(help="A ledger from hilum scan, or a store.")],
+    out: Out,
+    archive: Annotated[Path | None, typer.Option(help="The folder that was scanned, for thumbnails.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """One HTML page about a whole archive: counts, reasons, geometry, thumbnails."""
+    from hilum.archive.overview import show as run
+    from hilum.terminal import Reporter
+
+    with Reporter(quiet) as progress:
+        counts = run(thing, out, archive=archive, progress=progress)
+    _print(counts, as_json, f"{out}: {counts['num_files']:,} files, {counts['num_used']:,} scans used")
+
+
+@app.command()
 def info(model: Annotated[Path, typer.Argument(help="An exported encoder's folder.")], as_json: Json = False) -> None:
     """What a model is and what it expects of its input."""
     from hilum.encode.encoder import read_model_config

@@ -4,6 +4,7 @@ Slices are drawn as radiologists see them: anterior up, the patient's right on t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ Box = tuple[float, float, float, float]
 
 ACCEPTED, REJECTED = "#37c871", "#ff5a4f"
 SERIES = ("#0b6e8a", "#d1662a", "#5f8f3e", "#8a4fa3", "#5b6675")
+NIGHT, LETTER, FAINT = "#0a0d11", "#ffdd85", "#94a0af"  # ground of pictures, letters on it, small print on it
 
 
 def window(pixels: Array, unit: str) -> tuple[float, float]:
@@ -205,4 +207,183 @@ def intervals(rows: Sequence[tuple[str, Sequence[tuple[str, float, float, float]
         place.set_ylim(-0.6, len(methods) - 0.4)
         place.tick_params(labelsize=7, length=2)
         place.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One slice, with all that its picture has to say.
+
+    pixels    (Y, X)
+    pixel_mm  distance of rows and of columns (dy, dx); None when unknown: pixels are then drawn square, without scale
+    edges     letters at (top, bottom, left, right); () when unknown
+    """
+
+    pixels: Array
+    pixel_mm: tuple[float, float] | None = None
+    edges: tuple[str, ...] = ()
+    title: str = ""
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Height and width in mm, or in pixels when their size is unknown."""
+        dy, dx = self.pixel_mm or (1.0, 1.0)
+        return self.pixels.shape[0] * dy, self.pixels.shape[1] * dx
+
+
+def planes(panels: Sequence[Panel], limits: tuple[float, float]) -> Figure:
+    """Up to three slices on one scale of millimetres, with letters at their edges and a scale bar.
+
+    limits  grey values of black and white
+
+    They stand side by side, or the first on the left and the others below one another, whichever shows them larger.
+    """
+    edge, head, foot = 0.34, 0.50, 0.56  # inches around each picture
+    sizes = np.array([p.size for p in panels])
+    row = [[n] for n in range(len(panels))]
+    best: tuple[float, list[list[int]]] = (0.0, row)
+    for columns in (row, [[0], list(range(1, len(panels)))]) if len(panels) > 2 else (row,):
+        across = sum(sizes[c, 1].max() for c in columns)
+        scale = (9.6 - 2 * edge * len(columns)) / across  # inches per mm
+        for column in columns:
+            scale = min(scale, (6.2 - (head + foot) * len(column)) / sizes[column, 0].sum())
+        if scale > best[0]:
+            best = (scale, columns)
+    scale, columns = best
+    height = max((head + foot) * len(c) + sizes[c, 0].sum() * scale for c in columns)
+    used = sum(2 * edge + sizes[c, 1].max() * scale for c in columns)
+    figure = Figure(figsize=(9.6, height), facecolor=NIGHT)
+    left = (9.6 - used) / 2
+    for column in columns:
+        wide = 2 * edge + sizes[column, 1].max() * scale
+        top = (height + (head + foot) * len(column) + sizes[column, 0].sum() * scale) / 2
+        for n in column:
+            tall_in, wide_in = sizes[n] * scale
+            top -= head + tall_in
+            box = ((left + (wide - wide_in) / 2) / 9.6, top / height, wide_in / 9.6, tall_in / height)
+            axes = figure.add_axes(box)
+            _draw_panel(axes, panels[n], limits)
+            _letter(axes, panels[n], 1 / scale)
+            top -= foot
+        left += wide
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
+    tall, wide = panel.size
+    low, high = limits
+    axes.imshow(panel.pixels, cmap="gray", vmin=low, vmax=high, extent=(0, wide, tall, 0), aspect="equal")
+    axes.set_axis_off()
+
+
+def _letter(axes: Axes, panel: Panel, inch: float) -> None:
+    """Title, letters and scale bar around a picture; `inch` is how many millimetres one inch shows."""
+    tall, wide = panel.size
+    style: dict[str, Any] = {"color": LETTER, "fontsize": 11, "ha": "center", "va": "center", "fontweight": "light"}
+    for letter, (x, y) in zip(
+        panel.edges,
+        ((wide / 2, -0.12 * inch), (wide / 2, tall + 0.12 * inch), (-0.13 * inch, tall / 2),
+         (wide + 0.13 * inch, tall / 2)),
+    ):  # fmt: skip
+        axes.text(x, y, letter, **style)
+    axes.text(wide / 2, -0.36 * inch, panel.title, color=FAINT, fontsize=8, ha="center", va="center")
+    if panel.pixel_mm is not None:
+        bar = next((b for b in (50, 20, 10, 5, 2, 1) if b <= 0.8 * wide), 1)
+        y = tall + 0.40 * inch
+        axes.plot([0, bar], [y, y], color=FAINT, linewidth=1.6, clip_on=False, solid_capstyle="butt")
+        axes.text(bar + 0.07 * inch, y, f"{bar} mm", color=FAINT, fontsize=7.5, ha="left", va="center")
+    axes.set_xlim(0, wide)
+    axes.set_ylim(tall, 0)
+
+
+def montage(
+    panels: Sequence[Panel], limits: Sequence[tuple[float, float]], columns: int = 6, colours: Sequence[str] = ()
+) -> Figure:
+    """Many small slices in reading order, each in its own proportions, with its title below.
+
+    limits   grey values of black and white, for each
+    colours  of the titles, for each; () for one discreet colour
+    """
+    sizes = np.array([p.size for p in panels])
+    cell = 9.6 / columns
+    lines = 1 + max(p.title.count("\n") for p in panels)
+    foot = 0.05 + 0.125 * lines
+    tall = float(np.clip((sizes[:, 0] / sizes[:, 1]).max(), 0.25, 1.25)) * (cell - 0.08)
+    rows = -(-len(panels) // columns)
+    height = rows * (tall + foot + 0.04) + 0.06
+    figure = Figure(figsize=(9.6, height), facecolor=NIGHT)
+    for n, (panel, limit) in enumerate(zip(panels, limits)):
+        row, column = divmod(n, columns)
+        top = 0.05 + row * (tall + foot + 0.04)
+        box = ((column * cell + 0.04) / 9.6, 1 - (top + tall) / height, (cell - 0.08) / 9.6, tall / height)
+        axes = figure.add_axes(box)
+        _draw_panel(axes, panel, limit)
+        figure.text(
+            (column + 0.5) * cell / 9.6, 1 - (top + tall + 0.03) / height, panel.title, ha="center", va="top",
+            fontsize=6.5, color=colours[n] if colours else FAINT, linespacing=1.15,
+        )  # fmt: skip
+    return figure
+
+
+def histogram(
+    edges: Array, counts: Array, label: str, bands: Sequence[tuple[str, float, float]] = (), log: bool = True
+) -> Figure:
+    """How often each value occurs; `bands` (name, low, high) are marked behind it.
+
+    edges   (N + 1,) ascending
+    counts  (N,)
+    """
+    figure = Figure(figsize=(9.6, 2.5), layout="constrained")
+    axes = figure.subplots()
+    for n, (colour, (name, low, high)) in enumerate(zip(SERIES * 3, bands)):
+        low, high = max(low, float(edges[0])), min(high, float(edges[-1]))
+        if low < high:
+            axes.axvspan(low, high, color=colour, alpha=0.16, linewidth=0)
+            axes.text((low + high) / 2, 1.02 + 0.085 * (n % 2), name, color=colour, fontsize=7.5, ha="center",
+                      va="bottom", transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.stairs(counts, edges, fill=True, color=SERIES[4], alpha=0.85)
+    if log and counts.max() > 0:
+        axes.set_yscale("log")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=7, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def steps(values: Array, expected: float, label: str) -> Figure:
+    """Distances in their order against the expected one; those that differ by more than 5 % are red."""
+    figure = Figure(figsize=(9.6, 2.1), layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(1, len(values) + 1)
+    odd = np.abs(values - expected) > 0.05 * abs(expected)
+    axes.axhline(expected, color=SERIES[4], linewidth=0.8, linestyle="--")
+    for chosen, colour in ((~odd, SERIES[0]), (odd, REJECTED)):
+        axes.vlines(at[chosen], 0, values[chosen], color=colour, linewidth=1.2)
+        axes.plot(at[chosen], values[chosen], "o", color=colour, markersize=3)
+    axes.set_ylim(0, max(float(values.max()) * 1.1, 1e-3))
+    axes.set_xlabel(label, fontsize=8)
+    axes.set_ylabel("mm", fontsize=8)
+    axes.tick_params(labelsize=7, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def bars(panels: Sequence[tuple[str, str, Sequence[tuple[str, float]]]]) -> Figure:
+    """Horizontal bars with their numbers, one panel above the other: (title, colour, [(name, number)])."""
+    heights = [len(rows) for _, _, rows in panels]
+    figure = Figure(figsize=(9.6, 0.22 * sum(heights) + 0.5 * len(panels)), layout="constrained")
+    places = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights, sharex=True)[:, 0]
+    top = max(number for _, _, rows in panels for _, number in rows)
+    for axes, (title, colour, rows) in zip(places, panels):
+        names, numbers = [name for name, _ in rows], [number for _, number in rows]
+        axes.barh(range(len(rows)), numbers, color=colour, height=0.66)
+        for n, number in enumerate(numbers):
+            axes.text(number + top * 0.006, n, f"{number:,.0f}", fontsize=7.5, va="center")
+        axes.set_yticks(range(len(rows)), names, fontsize=8)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, top * 1.1)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.tick_params(length=0, labelbottom=False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
     return figure

@@ -29,13 +29,27 @@ section p { max-width: 46rem; margin: .3rem 0 1rem; }
 nav { margin: 0 0 1.6rem; font-size: .92rem; } nav a { margin-right: 1.1rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin: 0 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.best { font-weight: 700; color: var(--accent); }
 figure { margin: .8rem 0 1.4rem; } figure img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 figcaption, .note { color: var(--soft); font-size: .88rem; margin-top: .45rem; max-width: 52rem; }
 code { font: .9em ui-monospace, monospace; background: var(--ground); padding: .1em .35em; border-radius: 4px; }
+td code { white-space: nowrap; }
 pre { background: var(--ground); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; } pre code { padding: 0; }
+.callout { border-left: 4px solid var(--soft); background: var(--ground); padding: .7rem 1rem; border-radius: 0 6px 6px 0; }
+.callout { white-space: pre-line; margin: 0 0 1.1rem; } .good { border-color: #2c9f5c; } .bad { border-color: #d9483d; }
+dl { display: flex; flex-wrap: wrap; gap: .4rem 2.2rem; margin: 0 0 1rem; }
+dt { color: var(--soft); font-size: .82rem; } dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+@media (max-width: 640px) {
+  main { padding: 1.2rem .6rem 2rem; } section { padding: 1rem .9rem; }
+  figure { overflow-x: auto; } figure img { max-width: none; min-width: 36rem; width: 100%; }
+}
+@media print {
+  :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --ground: #fff; --accent: #000; }
+  main { max-width: none; padding: 0; } nav { display: none; } section { border: 0; padding: 0; }
+  figure, tr, .callout { break-inside: avoid; } h2 { break-after: avoid; }
+}
 """
 
 
@@ -63,6 +77,15 @@ class Page:
 
     def note(self, text: str) -> None:
         self._add(f'<p class="note">{_inline(text)}</p>')
+
+    def callout(self, text: str, tone: str = "") -> None:
+        """A paragraph set apart, its lines kept; tone "good", "bad" or "" gives the colour of its edge."""
+        self._add(f'<div class="callout {html.escape(tone)}">{_inline(text)}</div>')
+
+    def numbers(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Headline numbers: (name, number), the number large."""
+        items = "".join(f"<div><dt>{_inline(name)}</dt><dd>{_inline(number)}</dd></div>" for name, number in pairs)
+        self._add(f"<dl>{items}</dl>")
 
     def code(self, text: str) -> None:
         self._add(f"<pre><code>{html.escape(text)}</code></pre>")
