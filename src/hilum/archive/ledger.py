@@ -51,6 +51,7 @@ REASONS: dict[str, Reason] = {
     "monochrome1": Reason("Inverted grey scale (MONOCHROME1) in a CT or MR.", True),
     "non_finite": Reason("Voxels are NaN or infinite.", True),
     "too_large": Reason("The image claims more voxels than fit here, or than any radiological image has.", True),
+    "labels_off_grid": Reason("Labels (a mask, SEG or RTSTRUCT) do not lie on the grid of the scan.", True),
     # Set aside by design.
     "not_an_image": Reason("No image: a document, a table, or an unknown format.", False),
     "other_format": Reason("An image format that this version does not read.", False),
