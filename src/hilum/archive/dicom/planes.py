@@ -12,12 +12,19 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
 from pydicom.pixels import get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from hilum.archive.dicom.header import BROKEN, PLAIN, Header, quiet
 from hilum.errors import ScanRefused
 
 MAX_VOXELS = 1 << 30  # of one object; compressed frames of one value make this cheap to claim
+_LITTLE_ENDIAN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian)
 _SANE = 1e7  # no position or spacing is larger; NaN fails the comparison, too
 
 
@@ -128,20 +135,31 @@ def _check_length(data: Dataset, syntax: UID) -> None:
 
 
 def _decode(data: Dataset, syntax: UID) -> Iterator[NDArray[Any]]:
-    if syntax == RLELossless and int(data.BitsAllocated) == 1:
+    rows, columns, one_bit = int(data.Rows), int(data.Columns), int(data.BitsAllocated) == 1
+    num_frames = int(data.get("NumberOfFrames", 1) or 1)
+    if one_bit and syntax in _LITTLE_ENDIAN:
+        # pydicom 3.0.2 fails on some frames that begin within a byte (an odd number of pixels) when it goes through them.
+        for first in range(0, num_frames * rows * columns, rows * columns):
+            yield packed_bits(data.PixelData, first, rows * columns).reshape(rows, columns)
+    elif one_bit and syntax == RLELossless:
         # pydicom and pylibjpeg refuse this combination, and gdcm ends the whole process.
-        rows, columns = int(data.Rows), int(data.Columns)
-        for packed in generate_frames(data.PixelData, number_of_frames=int(data.get("NumberOfFrames", 1) or 1)):
+        for packed in generate_frames(data.PixelData, number_of_frames=num_frames):
             yield rle_bits(packed, rows * columns).reshape(rows, columns)
-        return
-    for frame, _ in get_decoder(syntax).iter_array(data, raw=True):
-        yield frame
+    else:
+        for frame, _ in get_decoder(syntax).iter_array(data, raw=True):
+            yield frame
+
+
+def packed_bits(pixels: bytes, first: int, num_pixels: int) -> NDArray[np.uint8]:
+    """One bit per pixel → 0 and 1 (num_pixels,), from pixel `first` on; the first pixel is the lowest bit (PS3.5 8.1.1)."""
+    part = np.frombuffer(pixels, np.uint8)[first // 8 : -(-(first + num_pixels) // 8)]
+    return np.unpackbits(part, bitorder="little")[first % 8 : first % 8 + num_pixels]
 
 
 def rle_bits(frame: bytes, num_pixels: int) -> NDArray[np.uint8]:
     """One RLE frame with one bit per pixel → 0 and 1 (num_pixels,). Raises ValueError when it is no such frame.
 
-    The bits are packed, the first pixel in the lowest bit, and then run-length encoded as bytes (PS3.5 8.2.2, G.3).
+    The bits are packed as in `packed_bits` and then run-length encoded as bytes (PS3.5 8.2.2, G.3).
     Older writers spent one byte per pixel; the decoded length tells which.
     """
     num_segments, start = struct.unpack("<2L", frame[:8])
@@ -163,7 +181,7 @@ def rle_bits(frame: bytes, num_pixels: int) -> NDArray[np.uint8]:
     if len(decoded) < num_pixels:
         if len(decoded) < -(-num_pixels // 8):
             raise ValueError("the segment ends before its frame does")
-        return np.unpackbits(decoded, count=num_pixels, bitorder="little")
+        return packed_bits(decoded.tobytes(), 0, num_pixels)
     if decoded.max() > 1:
         raise ValueError("values above 1 in one bit")
     return decoded
