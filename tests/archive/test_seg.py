@@ -75,8 +75,10 @@ def write_seg(tmp_path, write_multiframe):
 
 
 @pytest.mark.parametrize("code", ["SPL", "IAR", "PIL", "LSA"])
-@pytest.mark.parametrize("grid", [make_grid(), make_grid((20, -35, 10)), make_grid((0, 0, 0), tilt_mm=0.9),
-                                  make_grid((-15, 5, 80), tilt_mm=1.1)], ids=["axial", "oblique", "tilted", "both"])  # fmt: skip
+@pytest.mark.parametrize("grid", [
+    pytest.param(make_grid(), id="axial"), pytest.param(make_grid((20, -35, 10)), id="oblique"),
+    pytest.param(make_grid(tilt_mm=0.9), id="tilted"), pytest.param(make_grid((-15, 5, 80), tilt_mm=1.1), id="both"),
+])  # fmt: skip
 def test_every_voxel_keeps_its_place(write_seg, grid, code):
     """Shuffled frames, none for empty slices, in a scan that the reader has turned into any orientation."""
     labels = make_labels()

@@ -112,7 +112,7 @@ def _read_itk(path: Path, head: bytes, image_io: str) -> Volume:
 
 def _holds_its_voxels(head: bytes, image_io: str) -> bool:
     """Whether a header ends within `head` and sends the reader to no other file, which might be any file."""
-    lines = [line.strip().lower().replace(b" ", b"") for line in head.split(b"\n")]
+    lines = [line.strip().lower().replace(b" ", b"") for line in head.split(b"\n")[:-1]]  # the last may be cut
     if image_io == "MetaImageIO":
         return next((line for line in lines if line.startswith(b"elementdatafile")), b"") == b"elementdatafile=local"
     return b"" in lines and not any(line.startswith(b"datafile:") for line in lines[: lines.index(b"")])
