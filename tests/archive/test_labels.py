@@ -39,8 +39,9 @@ def write_labels(tmp_path, write_multiframe):
         where = np.add(START, (shift_mm, 0, 0))
         if suffix == ".dcm":
             found = [(k, n) for n in (7, 2) for k in range(len(labels)) if (labels[k] == n).any()]
-            return write_multiframe(path, np.array([labels[k] == n for k, n in found]),
-                                    [np.add(where, (0, 0, STEP * k)) for k, _ in found], segments=[n for _, n in found])  # fmt: skip
+            frames = np.array([labels[k] == n for k, n in found])
+            places = [np.add(where, (0, 0, STEP * k)) for k, _ in found]
+            return write_multiframe(path, frames, places, segments=[n for _, n in found])
         if suffix == ".nii.gz":
             affine = np.diag([-SPACING[1], -SPACING[0], STEP, 1])
             affine[:3, 3] = where * (-1, -1, 1)

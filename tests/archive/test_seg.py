@@ -133,6 +133,11 @@ def test_a_part_of_the_slice(tmp_path, write_multiframe):
     where = [(grid.affine @ [k, 4, 5, 1])[:3] for k in (1, 2)]
     path = write_multiframe(tmp_path / "p", part, where, orientation=orientation, spacing=spacing, segments=[1, 1])
     np.testing.assert_array_equal(read_labels(path, grid).volume.voxels, labels == 2)
+    where = [(grid.affine @ [k, 4, 5 + shift, 1])[:3] for k, shift in ((1, 0), (2, 3))]  # each with its own offset
+    path = write_multiframe(tmp_path / "o", part, where, orientation=orientation, spacing=spacing, segments=[1, 1])
+    truth = (labels == 2).astype(int)
+    truth[2] = np.roll(truth[2], 3, axis=1)
+    np.testing.assert_array_equal(read_labels(path, grid).volume.voxels, truth)
     where = [(grid.affine @ [k, 4, 9, 1])[:3] for k in (1, 2)]
     path = write_multiframe(tmp_path / "q", part, where, orientation=orientation, spacing=spacing, segments=[1, 1])
     assert read_labels(path, grid).notes == ()  # two columns fit
@@ -247,9 +252,9 @@ def test_label_maps(tmp_path, write_multiframe, dtype):
     orientation, spacing = plane_of(grid)
     order = [3, 0, 4, 2, 1]
 
-    def write(stored, **attributes):
+    def write(stored, numbers=(1, 2, 3), **attributes):
         described = []
-        for number in (1, 2, 3):
+        for number in numbers:
             described.append(pydicom.Dataset())
             described[-1].SegmentNumber, described[-1].SegmentLabel = number, f"part {number}"
         return write_multiframe(
@@ -260,7 +265,12 @@ def test_label_maps(tmp_path, write_multiframe, dtype):
 
     np.testing.assert_array_equal(read_labels(write(labels[order]), grid).volume.voxels, labels)
     padded = np.where(labels == 0, 255, labels).astype(dtype)
-    np.testing.assert_array_equal(read_labels(write(padded[order], PixelPaddingValue=255), grid).volume.voxels, labels)
+    for numbers in ((1, 2, 3), (1, 2, 3, 255)):  # writers may describe the background, too
+        found = read_labels(write(padded[order], numbers, PixelPaddingValue=255), grid)
+        np.testing.assert_array_equal(found.volume.voxels, labels)
+        assert set(found.names) == {1, 2, 3}
+    with pytest.raises(ScanRefused, match="other_format: segment number 0 is a structure"):
+        read_labels(write(labels[order], (0, 1, 2, 3), PixelPaddingValue=255), grid)
     with pytest.raises(ScanRefused, match=f"corrupt: {int((padded[3] == 255).sum())} pixels name no described"):
         read_labels(write(padded[order]), grid)
 
@@ -295,6 +305,14 @@ def test_run_length_encoded_bits(write_seg, packed):
     data.save_as(path)
     with pytest.raises(ScanRefused, match=r"cannot_decode: RLE Lossless \(ValueError\)"):
         read_labels(path, grid)
+
+
+def test_run_lengths_as_the_standard_writes_them():
+    """PS3.5 G.3.1: literal runs, replicate runs, and −128, which stands for nothing."""
+    stream = bytes([2, 0x0F, 0x00, 0x81, 128, 254, 0xAA, 128, 0, 0x01])
+    bits = [0x0F, 0x00, 0x81, 0xAA, 0xAA, 0xAA, 0x01]
+    wanted = [(byte >> n) & 1 for byte in bits for n in range(8)]
+    assert rle_bits(b"\1\0\0\0\x40\0\0\0" + bytes(56) + stream, 55).tolist() == wanted[:55]
 
 
 def test_a_run_length_stream_cannot_grow_beyond_its_frame():

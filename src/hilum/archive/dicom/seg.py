@@ -34,8 +34,10 @@ def read(path: Path, grid: Volume | None) -> tuple[Volume, dict[int, str], tuple
     data = read_object(path, (SEGMENTATION, LABEL_MAP))
     headers = frame_headers(data, path)
     with parsing("segments"):
+        background = int(data.get("PixelPaddingValue", 0))
         names = {int(s.SegmentNumber): str(s.get("SegmentLabel") or "").strip() for s in data.SegmentSequence}
-        labels = _labels(data, names, len(headers))
+        names.pop(background, None)
+        labels = _labels(data, names, background, len(headers))
     grid = _own_grid(headers) if grid is None else grid
     if grid.affine is None:
         raise ScanRefused("no_geometry", "the scan has no positions, so labels cannot be placed on it")
@@ -57,7 +59,7 @@ def read(path: Path, grid: Volume | None) -> tuple[Volume, dict[int, str], tuple
     notes = [f"overlaps: {overlaps} voxels went to the higher of two segments"] if overlaps else []
     notes += [f"outside: {outside} of {outside + inside} pixels lie beside the scan"] if outside else []
     volume = replace(grid, voxels=voxels, modality="OT", unit="", kind="label")
-    return volume, {number: name for number, name in names.items() if number}, tuple(notes)
+    return volume, names, tuple(notes)
 
 
 def _own_grid(headers: Sequence[Header]) -> Volume:
@@ -68,11 +70,11 @@ def _own_grid(headers: Sequence[Header]) -> Volume:
     return to_slices(Volume(voxels=np.zeros(shape, bool), affine=box.affine, modality="OT", kind="label"), through=0)
 
 
-def _labels(data: Dataset, names: dict[int, str], num_frames: int) -> Iterator[NDArray[Any]]:
+def _labels(data: Dataset, names: dict[int, str], background: int, num_frames: int) -> Iterator[NDArray[Any]]:
     """Each frame as segment numbers, 0 for background."""
     kind = str(data.get("SegmentationType", ""))
     if kind == "LABELMAP":
-        return _label_map(data, names)
+        return _label_map(data, names, background)
     if kind not in ("BINARY", "FRACTIONAL"):
         raise ScanRefused("other_format", "a segmentation that is neither BINARY, FRACTIONAL nor LABELMAP")
     items = [group(data, n, "SegmentIdentificationSequence") for n in range(num_frames)]
@@ -85,16 +87,14 @@ def _labels(data: Dataset, names: dict[int, str], num_frames: int) -> Iterator[N
     return (np.where(frame >= least, number, 0) for frame, number in zip(frames(data), numbers))
 
 
-def _label_map(data: Dataset, names: dict[int, str]) -> Iterator[NDArray[Any]]:
-    """Frames whose pixels are segment numbers; PixelPaddingValue, else 0, is the background (C.8.20.2)."""
-    background = int(data.get("PixelPaddingValue", 0))
-    if background != 0 and 0 in names:
+def _label_map(data: Dataset, names: dict[int, str], background: int) -> Iterator[NDArray[Any]]:
+    """Frames whose pixels are segment numbers. Background is PixelPaddingValue, else 0 (C.8.20.2)."""
+    if 0 in names:
         raise ScanRefused("other_format", "segment number 0 is a structure, where a label map has its background")
     numbers = np.zeros(65536, np.int32)
-    known = np.zeros(65536, bool)
-    known[[0, background, *names]] = True
     numbers[list(names)] = list(names)
-    numbers[background] = 0
+    known = numbers > 0
+    known[[0, background]] = True
     for frame in frames(data):
         if frame.dtype not in (np.uint8, np.uint16):
             raise ScanRefused("corrupt", "segment numbers of more than 16 bits")
