@@ -365,6 +365,14 @@ def test_broken_segmentations_are_refused(write_seg, edit, message):
         read_labels(path, grid)
 
 
+def test_a_broken_syntax_is_refused_without_a_word(write_seg):
+    """pydicom would warn, with the value in the message; warnings are errors here."""
+    path = write_seg(make_labels(), make_grid())
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1/2.840.10008.1.2.1\0"))
+    with pytest.raises(ScanRefused, match="cannot_decode: unknown transfer syntax"):
+        read_labels(path, make_grid())
+
+
 # ---- real data
 
 

@@ -106,9 +106,9 @@ def frames(data: Dataset) -> Iterator[NDArray[Any]]:
 
     Only one frame is decoded at a time. One bit per pixel becomes 0 and 1.
     """
-    syntax = UID(str(data.file_meta.get("TransferSyntaxUID", "")))
-    name = syntax.name if syntax.is_transfer_syntax and not syntax.is_private else "unknown transfer syntax"
     with parsing("pixel description"):
+        syntax = UID(str(data.file_meta.get("TransferSyntaxUID", "")))
+        name = syntax.name if syntax.is_transfer_syntax and not syntax.is_private else "unknown transfer syntax"
         shape = int(data.Rows), int(data.Columns)
         _check_length(data, syntax)
         stream = _decode(data, syntax)
