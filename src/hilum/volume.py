@@ -90,6 +90,13 @@ def orientation_of(affine: FloatArray) -> str:
     return "".join(letters)
 
 
+def apart_mm(one: Volume, other: Volume) -> float:
+    """How far two grids of one shape lie apart: the largest difference of a coordinate over their corner voxels, in mm."""
+    corners = np.array(np.meshgrid(*[[0, n - 1] for n in one.shape])).reshape(3, -1)
+    corners = np.vstack([corners, np.ones(corners.shape[1])])
+    return float(np.abs((one._affine("comparing") - other._affine("comparing")) @ corners).max())
+
+
 def orient(vol: Volume, code: str) -> Volume:
     """Permute and flip the axes until k, j, i point to the letters of `code`. Exact: no voxel value changes.
 

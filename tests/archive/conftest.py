@@ -99,3 +99,60 @@ def write_series(tmp_path: Path) -> WriteSeries:
 def voxels() -> np.ndarray:
     """(6, 9, 7) unsigned stored values, all different, so that any flip or swap shows."""
     return (np.arange(6 * 9 * 7).reshape(6, 9, 7) * 5 + 3).astype(np.uint16)
+
+
+def write_frames(
+    path: Path,
+    frames: np.ndarray,
+    positions: Sequence[Sequence[float]],
+    *,
+    orientation: Sequence[float] = AXIAL,
+    spacing: Sequence[float] = (0.8, 0.5),
+    segments: Sequence[int] = (),
+    bits: int = 1,
+    **attributes: Any,
+) -> Path:
+    """Write a multi-frame object: frame n of (N, Y, X) at positions[n], of segment segments[n]. Segment n is "part n"."""
+    data = make_slice(frames[0], (0, 0, 0), 0, PixelSpacing=None, ImagePositionPatient=None,
+                      ImageOrientationPatient=None, RescaleSlope=None, RescaleIntercept=None)  # fmt: skip
+    shared, measures, turned = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = list(spacing), 2.5
+    turned.ImageOrientationPatient = [round(float(v), 8) for v in orientation]
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [turned]
+    data.SharedFunctionalGroupsSequence = [shared]
+    data.PerFrameFunctionalGroupsSequence = []
+    for n, position in enumerate(positions):
+        own, place = Dataset(), Dataset()
+        place.ImagePositionPatient = [round(float(p), 6) for p in position]
+        own.PlanePositionSequence = [place]
+        if segments:
+            named = Dataset()
+            named.ReferencedSegmentNumber = segments[n]
+            own.SegmentIdentificationSequence = [named]
+        data.PerFrameFunctionalGroupsSequence.append(own)
+    data.SegmentSequence = []
+    for number in sorted(set(segments)):
+        segment = Dataset()
+        segment.SegmentNumber, segment.SegmentLabel = number, f"part {number}"
+        data.SegmentSequence.append(segment)
+    data.NumberOfFrames, data.BitsAllocated, data.BitsStored, data.HighBit = len(frames), bits, bits, bits - 1
+    if bits == 1:
+        data.PixelData = np.packbits(frames.astype(bool).ravel(), bitorder="little").tobytes()
+    data.PixelRepresentation = 0
+    data.SOPClassUID, data.SegmentationType = "1.2.840.10008.5.1.4.1.1.66.4", "BINARY"
+    for name, value in attributes.items():
+        if value is None:
+            delattr(data, name)
+        else:
+            setattr(data, name, value)
+    if len(data.get("PixelData", b"")) % 2:
+        data.PixelData += b"\0"
+    if "PixelData" in data:
+        data["PixelData"].VR = "OB" if bits <= 8 else "OW"
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_multiframe() -> Callable[..., Path]:
+    return write_frames

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hilum.archive.raw import ImageHeader, RawVoxels, check_size
-from hilum.archive.values import read_image
+from hilum.archive.values import read_image, read_label_map
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume
 
@@ -78,6 +78,11 @@ def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
     volume  number along the axis that is not space
     """
     return read_image(read_header(path), volume)
+
+
+def read_label(path: Path) -> Volume:
+    """Read a label map; see `hilum.archive.values.read_label_map`."""
+    return read_label_map(read_header(path))
 
 
 def _metaimage(path: Path, head: bytes) -> ImageHeader:

@@ -54,6 +54,7 @@ REASONS: dict[str, Reason] = {
     "not_hu": Reason("The series calls itself CT but its values are another quantity than Hounsfield units.", True),
     "non_finite": Reason("Voxels are NaN or infinite.", True),
     "too_large": Reason("The image claims more voxels than fit here, or than any radiological image has.", True),
+    "labels_off_grid": Reason("Labels (a mask, SEG or RTSTRUCT) do not lie on the grid of the scan.", True),
     # Set aside by design.
     "not_an_image": Reason("No image: a document, a table, or an unknown format.", False),
     "other_format": Reason("An image format that this version does not read.", False),

@@ -15,13 +15,12 @@ from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
-from numpy.typing import NDArray
 
 from hilum.archive.ledger import flag
 from hilum.archive.raw import ImageHeader, RawVoxels, check_size
-from hilum.archive.values import read_image, scaled
+from hilum.archive.values import read_image, read_label_map
 from hilum.errors import ScanRefused
-from hilum.volume import FloatArray, Volume, to_slices
+from hilum.volume import FloatArray, Volume
 
 logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # its complaints arrive as reasons
 
@@ -202,15 +201,5 @@ def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
 
 
 def read_label(path: Path) -> Volume:
-    """Read a label map: class numbers on a grid, turned as `to_slices` turns the scan it belongs to.
-
-    Raises ScanRefused `corrupt` when the values are no whole numbers in 0…65535, `not_3d` for several volumes.
-    """
-    header = read_header(path)
-    if header.voxels.num_volumes > 1:
-        raise ScanRefused("not_3d", f"{header.voxels.num_volumes} volumes; expected one label map")
-    values = scaled(header)
-    if not ((values >= 0) & (values <= 65535)).all() or (values != np.floor(values)).any():
-        raise ScanRefused("corrupt", "expected a label map: whole numbers from 0 to 65535")
-    numbers: NDArray[np.int32] = np.ascontiguousarray(values, np.int32)
-    return to_slices(Volume(voxels=numbers, affine=header.affine, modality="OT", kind="label"))
+    """Read a label map; see `hilum.archive.values.read_label_map`."""
+    return read_label_map(read_header(path))

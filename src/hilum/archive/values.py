@@ -39,6 +39,20 @@ def read_image(header: ImageHeader, volume: int = 0) -> tuple[Volume, tuple[str,
     return to_slices(vol), repairs
 
 
+def read_label_map(header: ImageHeader) -> Volume:
+    """Read class numbers on a grid, turned as `to_slices` turns the scan they belong to.
+
+    Raises ScanRefused `corrupt` when the values are no whole numbers in 0…65535, `not_3d` for several volumes.
+    """
+    if header.voxels.num_volumes > 1:
+        raise ScanRefused("not_3d", f"{header.voxels.num_volumes} volumes; expected one label map")
+    values = scaled(header)
+    if not ((values >= 0) & (values <= 65535)).all() or (values != np.floor(values)).any():
+        raise ScanRefused("corrupt", "expected a label map: whole numbers from 0 to 65535")
+    numbers: NDArray[np.int32] = np.ascontiguousarray(values, np.int32)
+    return to_slices(Volume(voxels=numbers, affine=header.affine, modality="OT", kind="label"))
+
+
 def scaled(header: ImageHeader, volume: int = 0) -> NDArray[Any]:
     """Values (Z, Y, X) of one volume: as stored, or float32 when the header scales them. Raises ScanRefused."""
     stored = read_stored(header.voxels, volume)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hilum.archive.labels import read_labels
 from hilum.archive.ledger import REASONS
-from hilum.archive.nifti import read_label
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find, read_scan
 from hilum.archive.store import Store
@@ -18,7 +18,7 @@ from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, InputError, LabelsError, ScanRefused, UsageError
 from hilum.records import versions, write_atomic
 from hilum.terminal import Progress
-from hilum.volume import Volume, orient
+from hilum.volume import Volume
 
 
 @dataclass
@@ -55,8 +55,8 @@ def embed(
     source      a store, a folder of scans, or one scan
     model       an exported encoder's folder, "pixels", or "random:FOLDER"
     level       "slice", "region" (needs masks) or "volume"
-    masks       CSV with columns series_uid (or file, or series) and mask: label maps (NIfTI) on their scans' grids, named
-                relative to the CSV
+    masks       CSV with columns series_uid (or file, or series) and mask: label maps (NIfTI, mha, nrrd) on their scans'
+                grids, DICOM SEG or RTSTRUCT, named relative to the CSV
     max_slices  evenly spaced slices of each scan instead of all
     returns     counts: rows, scans, set aside by reason, left out with series key and reason
     """
@@ -122,16 +122,14 @@ def _scans(
     for done, (series, patient, study, read) in enumerate(readers, 1):
         try:
             mask = None
-            if level == "region":
-                if series not in masks:
-                    outcome.set_aside["no_mask"] += 1
-                    continue
-                mask = read_label(masks[series])
+            if level == "region" and series not in masks:
+                outcome.set_aside["no_mask"] += 1
+                continue
             volume = read()
-            if mask is not None and volume.affine is not None:
-                mask = orient(mask, volume.orientation)
             if volume.modality not in modalities:
                 raise ContractError(f"modality {volume.modality} is not in the model's contract")
+            if level == "region":
+                mask = read_labels(masks[series], volume).volume
         except ScanRefused as refusal:
             outcome.refuse(series, refusal)
         except ContractError as broken:

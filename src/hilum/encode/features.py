@@ -21,7 +21,7 @@ from torch.nn import functional
 from hilum.encode.contract import prepare_slice
 from hilum.encode.encoder import Encoder, pool
 from hilum.errors import ContractError, ScanRefused
-from hilum.volume import Volume
+from hilum.volume import Volume, apart_mm
 
 LEVELS = ("slice", "region", "volume")
 
@@ -101,9 +101,7 @@ def check_same_grid(vol: Volume, mask: Volume) -> None:
     if vol.shape != mask.shape:
         raise ContractError(f"the mask has shape {mask.shape}, its scan {vol.shape}; expected the same grid")
     if vol.affine is not None and mask.affine is not None:
-        corners = np.array(np.meshgrid(*[[0, n - 1] for n in vol.shape])).reshape(3, -1)
-        corners = np.vstack([corners, np.ones(corners.shape[1])])
-        apart = float(np.abs((vol.affine - mask.affine) @ corners).max())
+        apart = apart_mm(vol, mask)
         if apart > 0.5 * min(vol.spacing_mm):
             raise ContractError(f"mask and scan lie {apart:.1f} mm apart; expected the same grid")
 
