@@ -38,6 +38,10 @@ _PACKAGES = {
     **dict.fromkeys((_JPEG + n for n in ("90", "91", "201", "202", "203")), "pylibjpeg-openjpeg"),
     RLELossless: "pylibjpeg-rle",
 }
+_FIRST_CHOICE = {  # faster than gdcm, which pydicom tries first, and strict with streams that are cut short
+    **dict.fromkeys((_JPEG + n for n in ("80", "81")), "pyjpegls"),
+    **dict.fromkeys((_JPEG + n for n in ("90", "91")), "pylibjpeg"),
+}
 
 
 @cache
@@ -80,8 +84,15 @@ def decode(data: Dataset, syntax: str, frames: Sequence[int], num_frames: int) -
         return
     decoder = get_decoder(syntax)
     in_one_pass = decoder.is_encapsulated and num_frames > 1 and len(frames) > num_frames // 2
-    indices = None if in_one_pass else list(frames)
-    decoded = decoder.iter_array(data, indices=indices, raw=True, view_only=True, correct_unused_bits=False)
+    choice = _FIRST_CHOICE.get(syntax, "")
+    decoded = decoder.iter_array(
+        data,
+        indices=None if in_one_pass else list(frames),
+        raw=True,
+        decoding_plugin=choice if choice in decoder.available_plugins else "",
+        view_only=True,
+        correct_unused_bits=False,
+    )
     dtype = stored_dtype(data)
     for frame, (pixels, _) in zip(range(num_frames) if in_one_pass else frames, decoded):
         if not in_one_pass or frame in frames:
@@ -106,7 +117,9 @@ def _decode_boxed(
     length = shape[0] * shape[1] * dtype.itemsize
     for frame, boxed in enumerate(generate_frames(data.PixelData, number_of_frames=num_frames)):
         if frame in frames:
-            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(boxed, length) if syntax == _DEFLATED_FRAMES else boxed
+            content = boxed
+            if syntax == _DEFLATED_FRAMES:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(boxed, length)
             if len(content) < length:
                 raise ScanRefused("truncated", f"{len(content)} of {length} bytes of pixel data")
             yield frame, np.frombuffer(content[:length], dtype).reshape(shape)

@@ -180,15 +180,11 @@ def quiet() -> Iterator[None]:
 
 
 class Texts:
-    """Attributes of one slice as plain text, decoded without pydicom's (slow, warning) value conversion.
-
-    syntax, media_class, media_instance   what the meta header says: transfer syntax, SOP class and instance
-    """
+    """Attributes of one slice as plain text, decoded without pydicom's (slow, warning) value conversion."""
 
     def __init__(self, data: Dataset) -> None:
-        self.syntax = str(data.file_meta.get("TransferSyntaxUID", ""))
-        self.media_class = str(data.file_meta.get("MediaStorageSOPClassUID", ""))
-        self.media_instance = str(data.file_meta.get("MediaStorageSOPInstanceUID", ""))
+        self.meta = data.file_meta
+        self.syntax = str(self.meta.get("TransferSyntaxUID", ""))
         self.elements: dict[int, Any] = {int(tag): element for tag, element in data.items()}
         self.patient_id = _patient_id(data)
 
@@ -222,7 +218,7 @@ class Texts:
 
     @property
     def sop_class(self) -> str:
-        return self["SOPClassUID"] or self.media_class
+        return self["SOPClassUID"] or str(self.meta.get("MediaStorageSOPClassUID", ""))
 
 
 def _plain(value: Any) -> str:
@@ -270,7 +266,7 @@ def describe(text: Texts, path: Path, size: int, forced: bool, frame: int = 0, n
         patient_id=text.patient_id,
         study_uid=text["StudyInstanceUID"],
         series_uid=text["SeriesInstanceUID"],
-        instance_uid=text["SOPInstanceUID"] or text.media_instance,
+        instance_uid=text["SOPInstanceUID"] or str(text.meta.get("MediaStorageSOPInstanceUID", "")),
         modality=modality or (text["Modality"] if text["Modality"] in ("CT", "MR") else "OT"),
         manufacturer=text["Manufacturer"],
         transfer_syntax=syntax_name(text.syntax) if text.syntax else "",
@@ -284,7 +280,7 @@ def describe(text: Texts, path: Path, size: int, forced: bool, frame: int = 0, n
         spacing_tag=sum(text.numbers("SpacingBetweenSlices", 1)),
         slope=slope,
         intercept=next(iter(text.numbers("RescaleIntercept", 1)), None),
-        splits={k: text[k] for k in _CLASSIC_SPLITS if text[k]},
+        splits={k: value for k in _CLASSIC_SPLITS if (value := text[k])},
         repairs=tuple(repairs),
         flags=_flags(text, modality, slope),
     )
