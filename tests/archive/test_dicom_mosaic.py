@@ -51,7 +51,9 @@ def write_siemens(write_series):
     """Several volumes (T, N, Y, X), each as one mosaic of 3 × 3 tiles. `drop` leaves elements of the CSA header out."""
 
     def write(volumes, *, sign=1, drop=(), newer=True, edit=None, **attributes):
-        images = np.stack([np.pad(tile(v, 3), ((0, 9 * v.shape[1] // 3 - tile(v, 3).shape[0]), (0, 0))) for v in volumes])
+        images = np.stack(
+            [np.pad(tile(v, 3), ((0, 9 * v.shape[1] // 3 - tile(v, 3).shape[0]), (0, 0))) for v in volumes]
+        )
         y, x = images[0].shape
         corner = FIRST - 0.5 * 0.5 * (x - x // 3) * np.array(PLANE[:3]) - 0.5 * 0.8 * (y - y // 3) * np.array(PLANE[3:])
         csa = {

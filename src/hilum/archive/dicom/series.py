@@ -144,7 +144,9 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         reason=reason,
         detail=detail,
         repairs=tuple(repairs),
-        flags=tuple({f.split(":")[0]: f for h in files for f in (*h.flags, *(_flags(box, first) if box else ()))}.values()),
+        flags=tuple(
+            {f.split(":")[0]: f for h in files for f in (*h.flags, *(_flags(box, first) if box else ()))}.values()
+        ),
         num_files=len({h.path for h in files}),
         num_slices=len(files) if first.modality in ("CT", "MR") else 0,
         rows=first.rows,
