@@ -21,7 +21,8 @@ from pydicom.uid import (
 )
 
 from hilum.archive import dicom
-from hilum.archive.dicom.codecs import missing_decoder, syntax_name
+from hilum.archive.dicom import codecs
+from hilum.archive.dicom.codecs import missing_decoder, stream_size, syntax_name
 from hilum.archive.dicom.pixels import read_slice
 from hilum.archive.scan import find, read_scan, scan
 from hilum.errors import ScanRefused
@@ -213,6 +214,41 @@ def test_a_slice_of_impossible_size_is_not_decoded(write_series, voxels, tmp_pat
     write_series(voxels, edit=edit)
     (entry,) = scan(tmp_path / "archive", key)
     assert (entry.reason, entry.detail) == ("too_large", "60000×60000")
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])
+def test_a_stream_of_another_size_is_not_decoded(write_series, syntax):
+    paths = write_series(stored_values(12, False))
+    for path in paths:
+        data = dcmread(path)
+        data.compress(syntax, generate_instance_uid=False)
+        data.Rows = 20
+        data.save_as(path)
+    with pytest.raises(ScanRefused, match=r"cannot_decode: .*: 40×36 pixels in the stream, 20×36 in the header"):
+        dicom.read(paths)
+
+
+def test_stream_sizes(real_data):
+    folder = real_data / "dicom" / "ct_transfer_syntaxes_ge"
+    sizes = []
+    for path in folder.glob("JPEG*"):
+        (frame,) = generate_frames(dcmread(path).PixelData, number_of_frames=1)
+        sizes.append(stream_size(frame))
+    assert sizes == [(512, 512)] * 3
+    assert stream_size(b"\xff\xd8\xff\xff\xff\xc0\0\x0b\x08\0\x07\0\x09") == (7, 9)
+    assert stream_size(b"\xff\xd8\xff") is stream_size(b"") is stream_size(b"\xff\xd8" + b"a" * 50) is None
+
+
+def test_deflated_files_that_unpack_without_end(write_series, voxels, tmp_path, key, monkeypatch):
+    paths = write_series(np.zeros((1, 600, 600), np.uint16), SliceThickness=1.0)
+    encode(paths[0], DeflatedExplicitVRLittleEndian)
+    assert [e.reason for e in scan(tmp_path / "archive", key)] == [""]
+    monkeypatch.setattr(codecs, "MAX_INFLATED", 500_000)
+    assert [(e.reason, e.detail) for e in scan(tmp_path / "archive", key)] == [
+        ("too_large", "more than 500000 bytes when unpacked")
+    ]
+    with pytest.raises(ScanRefused, match="too_large"):
+        dicom.read(paths)
 
 
 # pydicom's own files; their values as pydicom's documentation and its plain twins state them.

@@ -66,13 +66,12 @@ def write_enhanced(write_series):
 
 def every_voxel_lies_at(vol, frames, positions):
     """Frame n (Y, X) of values lies with its first voxel at positions[n]."""
-    to_index = np.linalg.inv(vol.affine)
+    rows, columns = np.indices(frames[0].shape)
     for values, position in zip(frames, positions):
-        for j, i in np.ndindex(values.shape):
-            world = position + 0.8 * j * np.array(PLANE[3:]) + 0.5 * i * np.array(PLANE[:3])
-            place = (to_index @ [*world, 1])[:3]
-            np.testing.assert_allclose(place, np.round(place), atol=1e-4)
-            assert vol.voxels[tuple(np.round(place).astype(int))] == values[j, i]
+        world = position + 0.8 * rows[..., None] * np.array(PLANE[3:]) + 0.5 * columns[..., None] * np.array(PLANE[:3])
+        place = np.linalg.solve(vol.affine[:3, :3], (world.reshape(-1, 3) - vol.affine[:3, 3]).T)
+        np.testing.assert_allclose(place, np.round(place), atol=1e-4)
+        np.testing.assert_array_equal(vol.voxels[tuple(np.round(place).astype(int))], values.ravel())
     assert vol.shape == (len(frames), *frames[0].shape)
 
 

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, decode, stored_dtype, syntax_name
+from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, check_inflation, decode, stored_dtype, syntax_name
 from hilum.archive.dicom.geometry import stack
 from hilum.archive.dicom.header import BROKEN, HEADER_TAGS, Header, integer, quiet
 from hilum.archive.dicom.slices import slices
@@ -126,6 +126,7 @@ def _read_file(path: Path, wanted: Sequence[int]) -> Generator[_Slice, None, Non
     name = "unknown transfer syntax"
     try:
         with quiet(), open(path, "rb") as handle:
+            check_inflation(handle)
             data = dcmread(handle, specific_tags=_SLICE_TAGS, force=True)
             size = path.stat().st_size
             found = {h.frame: h for h in slices(data, handle, path, size, forced=not data.preamble)}
@@ -192,9 +193,9 @@ def _padding(pixels: NDArray[Any], data: Dataset, header: Header) -> NDArray[np.
 
 def _invert(pixels: NDArray[Any], stored: int) -> NDArray[Any]:
     """The highest value that BitsStored can hold becomes the lowest, and so on."""
-    if np.issubdtype(pixels.dtype, np.signedinteger):
-        return ~pixels
-    return pixels.dtype.type((1 << stored) - 1) - pixels
+    signed = np.issubdtype(pixels.dtype, np.signedinteger)
+    inverted: NDArray[Any] = ~pixels if signed else pixels.dtype.type((1 << stored) - 1) - pixels
+    return inverted
 
 
 def _guess_syntax(data: Dataset) -> UID:
