@@ -141,13 +141,17 @@ def stream_size(stream: bytes) -> tuple[int, int] | None:
         return None
 
 
-def check_inflation(handle: BinaryIO) -> None:
-    """Refuse a deflated file (PS3.5 A.5) that unpacks to more than MAX_INFLATED bytes. Moves the handle to 0."""
+def check_inflation(handle: BinaryIO) -> bytes:
+    """Refuse a deflated file (PS3.5 A.5) that unpacks to more than MAX_INFLATED bytes.
+
+    handle   moved to its begin
+    returns  the first 1024 bytes
+    """
     handle.seek(0)
     head = handle.read(1024)
     handle.seek(0)
     if head[128:132] != b"DICM" or DeflatedExplicitVRLittleEndian.encode() not in head:
-        return
+        return head
     handle.seek(144 + int.from_bytes(head[140:144], "little"))  # the meta header states its own length
     unpack, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     while (packed := unpack.unconsumed_tail or handle.read(1 << 16)) and not unpack.eof:
@@ -155,6 +159,7 @@ def check_inflation(handle: BinaryIO) -> None:
         if total > MAX_INFLATED:
             raise ScanRefused("too_large", f"more than {MAX_INFLATED} bytes when unpacked")
     handle.seek(0)
+    return head
 
 
 def _decode_boxed(

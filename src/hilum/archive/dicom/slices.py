@@ -25,11 +25,9 @@ def read_headers(handle: BinaryIO, path: Path) -> list[Header]:
     returns  at least one; what is wrong with the file or a slice is the `refusal` there
     """
     size = os.fstat(handle.fileno()).st_size
-    handle.seek(0)
-    forced = handle.read(132)[128:] != b"DICM"
     try:
         with quiet():
-            check_inflation(handle)
+            forced = check_inflation(handle)[128:132] != b"DICM"
             data = read_partial(handle, _beyond, specific_tags=HEADER_TAGS, force=forced)
             return slices(data, handle, path, size, forced)
     except ScanRefused as refused:
