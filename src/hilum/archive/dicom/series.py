@@ -131,6 +131,7 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         except ScanRefused as refused:
             reason, detail = refused.reason, refused.detail
     kind, name = ("item", name.removeprefix("item:")) if name.startswith("item:") else ("series", name)
+    cautions = [*(f for h in files for f in h.flags), *(_flags(box, first) if box else ())]
     ordered = [files[i] for i in box.order] if box else files
     geometry = Volume(voxels=np.zeros((1, 1, 1)), affine=box.affine, modality="OT") if box else None
     repairs = sorted({r for h in files for r in h.repairs} | ({"no SeriesInstanceUID: grouped by folder"} - {""}
@@ -144,9 +145,7 @@ def _entry(name: str, key: Key, reason: str, detail: str, split_by: str, suffix:
         reason=reason,
         detail=detail,
         repairs=tuple(repairs),
-        flags=tuple(
-            {f.split(":")[0]: f for h in files for f in (*h.flags, *(_flags(box, first) if box else ()))}.values()
-        ),
+        flags=tuple({f.split(":")[0]: f for f in cautions}.values()),  # one of each kind
         num_files=len({h.path for h in files}),
         num_slices=len(files) if first.modality in ("CT", "MR") else 0,
         rows=first.rows,
