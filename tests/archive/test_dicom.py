@@ -156,6 +156,7 @@ def test_steps_within_tolerance_may_not_add_up(write_series):
         ({"ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "ADC"], "SOPClassUID": MR}, "derived"),
         ({"NumberOfFrames": 3}, "multiframe"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "no_geometry"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4.3"}, "multiframe"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary_capture"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.1"}, "projection"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}, "ultrasound"),

@@ -64,7 +64,7 @@ def test_maps_that_are_no_stack_are_refused(write_map):
         with pytest.raises(ScanRefused, match=match):
             read(write_map(**({"values": values, "keyword": "FloatPixelData"} | given)))
 
-    refused("irregular_spacing", positions=[(0, 0, z) for z in (0, 3, 6, 12)])
+    refused("missing_slices", positions=[(0, 0, z) for z in (0, 3, 6, 12)])
     refused("duplicate_positions", positions=[(0, 0, z) for z in (0, 3, 3, 6)])
     refused("corrupt: 4 frames, 3 of them described", positions=POSITIONS[:3])
     refused("corrupt: no real-world value mapping", mapping=None)

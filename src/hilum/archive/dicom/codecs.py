@@ -1,9 +1,10 @@
 """Transfer syntaxes (PS3.5 annex A): their names, which lose information, what decodes them, and the decoding itself."""
 
+import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from pydicom.uid import (
 from hilum.errors import ScanRefused
 
 PIXEL_DATA = 0x7FE00010
+MAX_INFLATED = 1 << 30
 PLAIN = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 _BOXED = "1.2.840.10008.1.2.1.98"  # encapsulated, yet uncompressed
 _DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"
@@ -37,6 +39,10 @@ _PACKAGES = {
     **dict.fromkeys((_JPEG + n for n in ("80", "81")), "pyjpegls"),
     **dict.fromkeys((_JPEG + n for n in ("90", "91", "201", "202", "203")), "pylibjpeg-openjpeg"),
     RLELossless: "pylibjpeg-rle",
+}
+_FIRST_CHOICE = {  # faster than gdcm, which pydicom tries first, and strict with streams that are cut short
+    **dict.fromkeys((_JPEG + n for n in ("80", "81")), "pyjpegls"),
+    **dict.fromkeys((_JPEG + n for n in ("90", "91")), "pylibjpeg"),
 }
 
 
@@ -78,10 +84,19 @@ def decode(data: Dataset, syntax: str, frames: Sequence[int], num_frames: int) -
     if syntax in (_BOXED, _DEFLATED_FRAMES):
         yield from _decode_boxed(data, syntax, frames, num_frames)
         return
+    if syntax.startswith(_JPEG):
+        _check_streams(data, syntax, num_frames)
     decoder = get_decoder(syntax)
     in_one_pass = decoder.is_encapsulated and num_frames > 1 and len(frames) > num_frames // 2
-    indices = None if in_one_pass else list(frames)
-    decoded = decoder.iter_array(data, indices=indices, raw=True, view_only=True, correct_unused_bits=False)
+    choice = _FIRST_CHOICE.get(syntax, "")
+    decoded = decoder.iter_array(
+        data,
+        indices=None if in_one_pass else list(frames),
+        raw=True,
+        decoding_plugin=choice if choice in decoder.available_plugins else "",
+        view_only=True,
+        correct_unused_bits=False,
+    )
     dtype = stored_dtype(data)
     for frame, (pixels, _) in zip(range(num_frames) if in_one_pass else frames, decoded):
         if not in_one_pass or frame in frames:
@@ -97,6 +112,56 @@ def stored_dtype(data: Dataset) -> np.dtype[Any]:
     return np.dtype(f"<{'i' if signed else 'u'}{bits // 8}")
 
 
+def _check_streams(data: Dataset, syntax: str, num_frames: int) -> None:
+    """Refuse streams that state another size than the header: decoders reserve whatever memory the stream asks for."""
+    wanted = int(data.Rows), int(data.Columns)
+    for _, frame in zip(range(num_frames), generate_frames(data.PixelData, number_of_frames=num_frames)):
+        found = stream_size(frame)
+        if found and found != wanted:
+            detail = f"{found[0]}×{found[1]} pixels in the stream, {wanted[0]}×{wanted[1]} in the header"
+            raise ScanRefused("cannot_decode", f"{syntax_name(syntax)}: {detail}")
+
+
+def stream_size(stream: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream states (ISO 10918-1 B.2.2, 15444-1 A.5.1)."""
+    try:
+        if (at := stream.find(b"\xff\x4f\xff\x51", 0, 4096)) >= 0:
+            right, bottom, left, top = struct.unpack_from(">4I", stream, at + 8)
+            return bottom - top, right - left
+        at = 2 if stream[:2] == b"\xff\xd8" else len(stream)
+        while True:
+            mark, kind, length = struct.unpack_from(">BBH", stream, at)
+            if mark != 0xFF:
+                return None
+            if kind == 0xF7 or (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)):
+                rows, columns = struct.unpack_from(">HH", stream, at + 5)
+                return rows, columns
+            at += 1 if kind == 0xFF else 2 if 0xD0 <= kind <= 0xD7 or kind == 1 else 2 + length
+    except struct.error:  # the stream ends before it states a size; the decoder will say so
+        return None
+
+
+def check_inflation(handle: BinaryIO) -> bytes:
+    """Refuse a deflated file (PS3.5 A.5) that unpacks to more than MAX_INFLATED bytes.
+
+    handle   moved to its begin
+    returns  the first 1024 bytes
+    """
+    handle.seek(0)
+    head = handle.read(1024)
+    handle.seek(0)
+    if head[128:132] != b"DICM" or DeflatedExplicitVRLittleEndian.encode() not in head:
+        return head
+    handle.seek(144 + int.from_bytes(head[140:144], "little"))  # the meta header states its own length
+    unpack, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while (packed := unpack.unconsumed_tail or handle.read(1 << 16)) and not unpack.eof:
+        total += len(unpack.decompress(packed, 1 << 20))
+        if total > MAX_INFLATED:
+            raise ScanRefused("too_large", f"more than {MAX_INFLATED} bytes when unpacked")
+    handle.seek(0)
+    return head
+
+
 def _decode_boxed(
     data: Dataset, syntax: str, frames: Sequence[int], num_frames: int
 ) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -106,9 +171,9 @@ def _decode_boxed(
     length = shape[0] * shape[1] * dtype.itemsize
     for frame, boxed in enumerate(generate_frames(data.PixelData, number_of_frames=num_frames)):
         if frame in frames:
-            content = (
-                zlib.decompressobj(-zlib.MAX_WBITS).decompress(boxed, length) if syntax == _DEFLATED_FRAMES else boxed
-            )
+            content = boxed
+            if syntax == _DEFLATED_FRAMES:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(boxed, length)
             if len(content) < length:
                 raise ScanRefused("truncated", f"{len(content)} of {length} bytes of pixel data")
             yield frame, np.frombuffer(content[:length], dtype).reshape(shape)

@@ -51,7 +51,8 @@ _CLASSIC_SPLITS = (
 # Binary attributes: format of one value (`struct`).
 _BINARY = {
     **dict.fromkeys(("SamplesPerPixel", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit",
-                     "PixelRepresentation", "FrameAcquisitionNumber"), "H"),
+                     "PixelRepresentation", "FrameAcquisitionNumber", "PixelPaddingValue",
+                     "PixelPaddingRangeLimit"), "H"),
     **dict.fromkeys(("TemporalPositionIndex", "DimensionIndexValues"), "I"),
     **dict.fromkeys(("DiffusionBValue", "DiffusionGradientOrientation", "EffectiveEchoTime", "InversionTimes",
                      "NominalCardiacTriggerDelayTime", "TemporalPositionTimeOffset", "VelocityEncodingDirection"), "d"),
@@ -184,16 +185,19 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class Texts:
-    """Attributes of one slice as plain text, decoded without pydicom's (slow, warning) value conversion.
+_META = {
+    "MediaStorageSOPClassUID": 0x00020002,
+    "MediaStorageSOPInstanceUID": 0x00020003,
+    "TransferSyntaxUID": 0x00020010,
+}
 
-    syntax, media_class, media_instance   what the meta header says: transfer syntax, SOP class and instance
-    """
+
+class Texts:
+    """Attributes of one slice as plain text, decoded without pydicom's (slow, warning) value conversion."""
 
     def __init__(self, data: Dataset) -> None:
-        self.syntax = str(data.file_meta.get("TransferSyntaxUID", ""))
-        self.media_class = str(data.file_meta.get("MediaStorageSOPClassUID", ""))
-        self.media_instance = str(data.file_meta.get("MediaStorageSOPInstanceUID", ""))
+        self.meta = {k: str(data.file_meta.get(k, "")) for k in _META}
+        self.syntax = self.meta["TransferSyntaxUID"]
         self.elements: dict[int, Any] = {int(tag): element for tag, element in data.items()}
         self.patient_id = _patient_id(data)
 
@@ -204,9 +208,8 @@ class Texts:
         if not patient_id.isascii():
             return None
         text = Texts.__new__(Texts)
-        text.syntax, text.media_class, text.media_instance = (
-            found.meta.get(tag, b"").decode("latin-1").strip(" \0") for tag in (0x00020010, 0x00020002, 0x00020003)
-        )
+        text.meta = {k: found.meta.get(tag, b"").decode("latin-1").strip(" \0") for k, tag in _META.items()}
+        text.syntax = text.meta["TransferSyntaxUID"]
         text.elements = dict(found.data)
         text.patient_id = patient_id.decode("ascii").strip(" \0")
         return text
@@ -241,7 +244,7 @@ class Texts:
 
     @property
     def sop_class(self) -> str:
-        return self["SOPClassUID"] or self.media_class
+        return self["SOPClassUID"] or self.meta["MediaStorageSOPClassUID"]
 
 
 def _plain(value: Any) -> str:
@@ -289,7 +292,7 @@ def describe(text: Texts, path: Path, size: int, forced: bool, frame: int = 0, n
         patient_id=text.patient_id,
         study_uid=text["StudyInstanceUID"],
         series_uid=text["SeriesInstanceUID"],
-        instance_uid=text["SOPInstanceUID"] or text.media_instance,
+        instance_uid=text["SOPInstanceUID"] or text.meta["MediaStorageSOPInstanceUID"],
         modality=modality or (text["Modality"] if text["Modality"] in ("CT", "MR") else "OT"),
         manufacturer=text["Manufacturer"],
         transfer_syntax=syntax_name(text.syntax) if text.syntax else "",

@@ -2,7 +2,7 @@
 
 Tiles run along the rows. A Siemens file states the place of tile 0 only, through the corner that the mosaic as a whole
 would have around the same centre, and the direction of the others in its private CSA header (NEMA has no standard for
-it; read as the Siemens documentation of syngo MR and nibabel describe it). A United Imaging file has one private item
+it; nibabel.nicom describes it). A United Imaging file has one private item
 per tile with the tile's own ImagePositionPatient. Whatever of this is missing is named in the refusal.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from hilum.archive.dicom.header import Header, Texts
+from hilum.archive.dicom.header import Header, Texts, integer
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray
 
@@ -95,7 +95,7 @@ def _united_imaging(data: Dataset) -> FloatArray:
     items = _private(data, 0x0065, "Image Private Header", 0x51)
     if not isinstance(items, Sequence) or not 0 < len(items) <= MAX_TILES:
         raise ScanRefused("mosaic", "no readable private sequence (0065,xx51) with the positions of the tiles")
-    if number is None or float(str(number)) != len(items):
+    if integer(str(number)) != len(items):
         raise ScanRefused("mosaic", f"{len(items)} tiles with a position, another number stated")
     positions = [item.get("ImagePositionPatient") or () for item in items]
     if any(len(p) != 3 for p in positions):

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, decode, stored_dtype, syntax_name
+from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, check_inflation, decode, stored_dtype, syntax_name
 from hilum.archive.dicom.geometry import even_slices, stack
 from hilum.archive.dicom.header import BROKEN, HEADER_TAGS, Header, Texts, describe, integer, quiet
 from hilum.archive.dicom.slices import quick, slices
@@ -138,7 +138,7 @@ def _read_file(path: Path, wanted: Sequence[int]) -> Generator[_Slice, None, Non
             if list(wanted) == [0] and (plain := _read_plain(handle, path, size)) is not None:
                 yield plain
                 return
-            handle.seek(0)
+            check_inflation(handle)
             data = dcmread(handle, specific_tags=_SLICE_TAGS, force=True)
             found = {h.frame: h for h in slices(data, handle, path, size, forced=not data.preamble)}
             headers = [found.get(n) or found[0] for n in wanted]
@@ -223,7 +223,7 @@ def _padding(pixels: NDArray[Any], header: Header, text: Texts) -> NDArray[np.bo
     if header.modality != "CT" or not given[0]:
         return None
     # The sign that these attributes claim is often wrong; their bits are right.
-    values = [int(np.uint16(integer(v)).astype(pixels.dtype)) for v in given if v]
+    values = [int(np.uint16(integer(v) & 0xFFFF).astype(pixels.dtype)) for v in given if v]
     ends = sorted((header.slope or 1.0) * v + (header.intercept or 0.0) for v in (min(values), max(values)))
     if ends[0] <= _TISSUE_HU[1] and ends[1] >= _TISSUE_HU[0]:
         return None
@@ -233,9 +233,8 @@ def _padding(pixels: NDArray[Any], header: Header, text: Texts) -> NDArray[np.bo
 
 def _invert(pixels: NDArray[Any], stored: int) -> NDArray[Any]:
     """The highest value that BitsStored can hold becomes the lowest, and so on."""
-    if np.issubdtype(pixels.dtype, np.signedinteger):
-        return ~pixels
-    inverted: NDArray[Any] = pixels.dtype.type((1 << stored) - 1) - pixels
+    signed = np.issubdtype(pixels.dtype, np.signedinteger)
+    inverted: NDArray[Any] = ~pixels if signed else pixels.dtype.type((1 << stored) - 1) - pixels
     return inverted
 
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
 
-from hilum.archive.dicom.codecs import PIXEL_DATA
+from hilum.archive.dicom.codecs import PIXEL_DATA, check_inflation
 from hilum.archive.dicom.elements import read_elements
 from hilum.archive.dicom.frames import MORE_TAGS, describe_frames
 from hilum.archive.dicom.header import BROKEN, ENHANCED, HEADER_TAGS, LAST_TAG, Header, Texts, describe, quiet
@@ -32,11 +32,11 @@ def read_headers(handle: BinaryIO, path: Path) -> list[Header]:
         with quiet():
             if (text := quick(handle)) is not None:
                 return [describe(text, path, size, forced=False)]
-            handle.seek(0)
-            forced = handle.read(132)[128:] != b"DICM"
-            handle.seek(0)
+            forced = check_inflation(handle)[128:132] != b"DICM"
             data = read_partial(handle, _beyond, specific_tags=HEADER_TAGS, force=forced)
             return slices(data, handle, path, size, forced)
+    except ScanRefused as refused:
+        return [Header(path=path, size=size, refusal=refused.reason, detail=refused.detail)]
     except BROKEN as error:
         return [Header(path=path, size=size, refusal="corrupt", detail=f"DICOM header ({type(error).__name__})")]
 
