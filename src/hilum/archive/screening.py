@@ -1,0 +1,164 @@
+"""Which scans are worth training on: refusals, cautions, guesses and a look hash from the voxels of one scan.
+
+Curia-2 (arXiv 2604.01987) leaves "low-quality series" out without saying how they are told. Ours, in this order:
+
+    small_matrix      a slice side below 16 voxels            caution below 32
+    nearly_constant   one value in 99.9 % of the voxels
+    few_levels        fewer than 8 different values           caution below 32
+    noise             neighbours correlate less than 0.1      caution ("noisy") below 0.4
+    repeated_slices   more than half copy their neighbour     caution at the first copy
+    not_hu            a CT on another scale (hounsfield.py)   caution ("hu_suspect") when it cannot be told
+
+Cautions alone: "saturated" (2 % at the highest value), "field_size" (a slice side below 30 or above 2,200 mm),
+"mostly_background" (of 12 slices spread over the scan none shows anatomy on half of its area: Curia-2's rule for slices,
+measured as `content.py` does, would leave nothing to train on). A refused scan is refused for the first reason only. The distance of every limit
+to 4,000 real scans is in docs/log.md.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hilum.archive.anatomy_guess import guess_plane, guess_region
+from hilum.archive.content import measure_content
+from hilum.archive.duplicates import look_hash
+from hilum.archive.hounsfield import check_hounsfield, thin
+from hilum.archive.ledger import flag
+from hilum.volume import Volume
+
+SMALLEST_SIDE, SMALL_SIDE = 16, 32  # voxels
+ONE_VALUE = 0.999
+FEWEST_LEVELS, FEW_LEVELS = 8, 32
+NOISE, NOISY = 0.1, 0.4  # correlation of neighbours
+ENOUGH_NEIGHBOURS = 2000  # below, a correlation proves nothing
+MOST_REPEATED = 0.5
+SATURATED = 0.02
+FIELD_MM = (30.0, 2200.0)
+LEAST_ANATOMY = 0.5  # of a slice
+_SAMPLES = 1 << 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screening:
+    """What the voxels of one scan say about its worth.
+
+    plane, region  guesses, "" when unsure (`anatomy_guess`)
+    flags          cautions for `Entry.flags`
+    refusal        reason of REASONS and its numbers, or None
+    look_hash      64 bits (`duplicates.look_hash`)
+    """
+
+    plane: str
+    region: str
+    flags: tuple[str, ...]
+    refusal: tuple[str, str] | None
+    look_hash: int
+
+
+def screen(vol: Volume) -> Screening:
+    """Judge one scan by its voxels; geometry is used where there is one."""
+    flags: list[str] = []
+    refusal = _judge(vol, flags)
+    if refusal is None:
+        _note_field(vol, flags)
+    return Screening(
+        plane=guess_plane(vol.affine),
+        region=guess_region(vol) if refusal is None else "",
+        flags=tuple(flags),
+        refusal=refusal,
+        look_hash=look_hash(vol),
+    )
+
+
+def _judge(vol: Volume, flags: list[str]) -> tuple[str, str] | None:
+    """The first reason to refuse; adds cautions on the way."""
+    side = min(vol.shape[1:])
+    if side < SMALL_SIDE:
+        detail = f"{vol.shape[1]}×{vol.shape[2]} voxels"
+        if side < SMALLEST_SIDE:
+            return "small_matrix", detail
+        flags.append(flag("small_matrix", detail))
+    levels, counts = _levels(vol.voxels)
+    share = counts.max() / counts.sum()
+    if share >= ONE_VALUE:
+        return "nearly_constant", f"{100 * share:.2f} % at one value"
+    if len(levels) < FEW_LEVELS:
+        if len(levels) < FEWEST_LEVELS:
+            return "few_levels", f"{len(levels)} different values"
+        flags.append(flag("few_levels", f"{len(levels)} different values"))
+    alike = neighbour_correlation(vol.voxels)
+    if alike is not None and alike < NOISY:
+        if alike < NOISE:
+            return "noise", f"correlation of neighbours {alike:.2f}"
+        flags.append(flag("noisy", f"correlation of neighbours {alike:.2f}"))
+    copies = num_repeated_slices(vol.voxels)
+    if copies:
+        detail = f"{copies} of {vol.shape[0]} slices"
+        if copies > MOST_REPEATED * (vol.shape[0] - 1):
+            return "repeated_slices", detail
+        flags.append(flag("repeated_slices", detail))
+    if vol.modality == "CT":
+        check = check_hounsfield(vol.voxels)
+        if check.verdict == "not_hu":
+            return "not_hu", check.numbers()
+        if check.verdict == "unsure":
+            flags.append(flag("hu_suspect", check.numbers()))
+    if counts[-1] >= SATURATED * counts.sum():
+        flags.append(flag("saturated", f"{100 * counts[-1] / counts.sum():.1f} % at the highest value"))
+    return None
+
+
+def _note_field(vol: Volume, flags: list[str]) -> None:
+    """Cautions on the field of view and on what fills it."""
+    if vol.affine is not None:
+        _, dy, dx = vol.spacing_mm
+        sides = vol.shape[1] * dy, vol.shape[2] * dx
+        if min(sides) < FIELD_MM[0] or max(sides) > FIELD_MM[1]:
+            flags.append(flag("field_size", f"{sides[0]:.0f}×{sides[1]:.0f} mm"))
+    some = thin(vol.voxels)[:: -(-vol.shape[0] // 12)]
+    foreground = measure_content(replace(vol, voxels=some, affine=None)).foreground
+    if foreground.max() < LEAST_ANATOMY:
+        flags.append(flag("mostly_background", f"anatomy on {100 * foreground.max():.0f} % of a slice at most"))
+
+
+def _levels(voxels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Different values in order and how often each occurs, among about 30,000 to 60,000 voxels spread over the scan."""
+    few = thin(voxels).reshape(-1)
+    return np.unique(few[:: max(few.size // _SAMPLES, 1)], return_counts=True)
+
+
+def neighbour_correlation(voxels: NDArray[Any]) -> float | None:
+    """Correlation of voxels with their neighbours in the slice, 0 for noise, near 1 for images.
+
+    returns  the larger one of along rows and along columns, with and without the outer 1 % of values cut; None when there
+             are too few neighbours or they do not differ
+
+    Pairs of rows from all over the image, in up to 8 slices. The mean of each slice is taken out first, so that another offset in
+    each slice does not look like an image.
+    """
+    depth, rows, columns = voxels.shape
+    if rows < 2 or columns < 2:
+        return None
+    first = np.arange(0, rows - 1, max(rows // 12, 2))
+    band = voxels[:: max(depth // 8, 1)][:8, np.stack([first, first + 1], 1).ravel()].astype(np.float64)
+    if band.size < ENOUGH_NEIGHBOURS:
+        return None
+    found = []
+    for image in (band, np.clip(band, *np.percentile(band, [0.5, 99.5]))):
+        image = image - image.mean((1, 2), keepdims=True)
+        pairs = image.reshape(len(image), -1, 2, columns)
+        for one, other in ((image[..., :-1], image[..., 1:]), (pairs[:, :, 0], pairs[:, :, 1])):
+            scale = np.sqrt((one**2).mean() * (other**2).mean())
+            if scale > 0:
+                found.append(float((one * other).mean() / scale))
+    return max(found, default=None)
+
+
+def num_repeated_slices(voxels: NDArray[Any]) -> int:
+    """How many slices equal the one before them, blank slices apart."""
+    few = thin(voxels)
+    flat = few.reshape(len(few), -1)
+    same = (flat[1:] == flat[:-1]).all(1) & (flat[1:] != flat[1:, :1]).any(1)
+    return sum(bool((voxels[k] == voxels[k + 1]).all()) for k in np.flatnonzero(same))
