@@ -16,7 +16,7 @@ OBLIQUE_DEG = 20.0  # from the nearest body axis
 PLANES = ("sagittal", "coronal", "axial")  # normal along x, y, z
 REGIONS = ("head", "neck", "chest", "abdomen", "pelvis")
 
-PIXEL_MM, STEP_MM, MOST_SLICES = 4.0, 10.0, 64  # the coarse grid that regions are told on
+PIXEL_MM, STEP_MM, MOST_SECTIONS = 4.0, 15.0, 48  # the coarse grid that regions are told on
 SMALLEST_FIELD_MM = 150.0  # a smaller slice is a crop and shows no cross-section
 # How much of a region a scan must show, in mm along the body, or else half of its length.
 LEAST_MM = {"head": 40.0, "neck": 40.0, "chest": 80.0, "abdomen": 60.0, "pelvis": 30.0}
@@ -85,10 +85,10 @@ def measure_sections(vol: Volume) -> Sections | None:
     if min(np.array(body.shape[1:]) * spacing[1:]) < SMALLEST_FIELD_MM:
         return None
     step = np.maximum(np.rint(np.array([STEP_MM, PIXEL_MM, PIXEL_MM]) / spacing), 1).astype(int)
-    step[0] = max(step[0], -(-body.shape[0] // MOST_SLICES))
+    step[0] = max(step[0], -(-body.shape[0] // MOST_SECTIONS))
     few = body.voxels[min(step[0], body.shape[0]) // 2 :: step[0], :: step[1], :: step[2]]
     pixel_cm2 = float(step[1] * spacing[1] * step[2] * spacing[2]) / 100
-    inside = _largest(few > -300)
+    inside = _largest(np.asarray(few > -300))
     bone = inside & (few > 250)
     inside = ~_outside(inside)
     area = inside.sum((1, 2)).astype(float)
@@ -124,7 +124,7 @@ def _outside(mask: Mask) -> Mask:
     labels, num = ndimage.label(np.pad(~mask, ((0, 0), (1, 1), (1, 1)), constant_values=True), _IN_PLANE)
     outer = np.zeros(num + 1, bool)
     outer[labels[:, 0, 0]] = True
-    return outer[labels[:, 1:-1, 1:-1]]
+    return np.asarray(outer[labels[:, 1:-1, 1:-1]])
 
 
 def _where(s: Sections) -> dict[str, Mask]:

@@ -9,7 +9,7 @@ distance d agree fully on one of the C(m, d) choices of blocks (Manku, Jain, Das
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
@@ -23,14 +23,16 @@ from hilum.volume import Volume, orient
 BITS = 64
 SKIP = 40  # lowest frequencies left out: they say what organ it is, not whose
 CELLS = 16  # per axis: the scan as seen from afar
-MAX_DISTANCE = 4  # bits; see docs/log.md for the measured distances behind it
+# Of 13,000 pairs of different patients (hippocampus and head-and-neck crops) the nearest are 6 bits apart; noise, JPEG and
+# resampling change 4 or fewer in 96 %. A crop by one voxel on all sides of a 35-voxel image changes 7.
+MAX_DISTANCE = 4
 MAX_PAIRS = 10_000_000  # beyond, the hashes do not separate these scans, and memory would go
 _LARGEST = 12  # bits; beyond, blocks are too small to separate anything
 
 Hashes = NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Pair:
     """Two scans that look alike: their keys in order, and the number of differing bits."""
 
@@ -78,7 +80,7 @@ def _cells(vol: Volume) -> NDArray[np.float64]:
     cells /= 16**3
     if vol.affine is None:
         return cells
-    return orient(Volume(voxels=cells, affine=vol.affine, modality=vol.modality), "SPL").voxels
+    return orient(Volume(voxels=cells, affine=vol.affine, modality=vol.modality), "SPL").voxels.astype(np.float64)
 
 
 def _overlap(num_voxels: int, num_cells: int) -> NDArray[np.float64]:
@@ -119,16 +121,16 @@ def near_duplicates(
     if not 0 <= max_distance <= _LARGEST:
         raise UsageError(f"max_distance is 0 to {_LARGEST} of {BITS} bits; found {max_distance}")
     assert len(keys) == len(patients) == len(hashes)
-    across, within = [], []
+    across: list[Pair] = []
+    within: list[Pair] = []
     for i, j in _close(np.asarray(hashes, np.uint64), max_distance):
         first, second = sorted((keys[i], keys[j]))
         pair = Pair(first, second, int(np.bitwise_count(hashes[i] ^ hashes[j])))
         (within if patients[i] and patients[i] == patients[j] else across).append(pair)
-    order = lambda pair: (pair.first, pair.second)  # noqa: E731
-    return NearDuplicates(tuple(sorted(across, key=order)), tuple(sorted(within, key=order)))
+    return NearDuplicates(tuple(sorted(across)), tuple(sorted(within)))
 
 
-def _close(hashes: Hashes, max_distance: int) -> list[list[int]]:
+def _close(hashes: Hashes, max_distance: int) -> list[tuple[int, int]]:
     """Index pairs i < j within a distance, each once."""
     codes: list[NDArray[np.int64]] = []  # i · N + j
     num, size = len(hashes), 0
@@ -146,7 +148,8 @@ def _close(hashes: Hashes, max_distance: int) -> list[list[int]]:
                         "the look hash does not separate them. Use a smaller distance"
                     )
     found = np.unique(np.concatenate(codes)) if codes else np.zeros(0, np.int64)
-    return np.stack(np.divmod(found, max(num, 1)), 1).tolist()
+    first, second = np.divmod(found, max(num, 1))
+    return list(zip(first.tolist(), second.tolist()))
 
 
 def _masks(num: int, max_distance: int) -> Iterator[np.uint64]:
@@ -155,11 +158,11 @@ def _masks(num: int, max_distance: int) -> Iterator[np.uint64]:
     def cost(num_blocks: int) -> float:
         """Sorting, about 30 steps a hash, and the pairs that agree by chance."""
         bits = BITS * (num_blocks - max_distance) // num_blocks
-        return comb(num_blocks, max_distance) * (30 * num + num**2 / 2 ** (bits + 1))
+        return comb(num_blocks, max_distance) * (30.0 * num + num**2 / 2.0 ** (bits + 1))
 
     num_blocks = min(range(max_distance + 1, max_distance + 9), key=cost)
     edges = [BITS * n // num_blocks for n in range(num_blocks + 1)]
-    blocks = [(1 << b) - (1 << a) for a, b in zip(edges, edges[1:])]
+    blocks = [(1 << b) - (1 << a) for a, b in pairwise(edges)]
     for kept in combinations(blocks, num_blocks - max_distance):
         yield np.uint64(sum(kept))
 

@@ -19,7 +19,6 @@ Values = NDArray[np.float64]
 
 SIDE = 128  # at most about this many samples per axis of a slice
 LOWEST_AIR = -1100.0  # noise and overshoot around −1000 end here
-HIGHEST = 32767
 
 # (slope, shift) → HU, for what goes wrong on the way: rescale forgotten, applied twice, tenfold, inverted.
 MISTAKES = ((1.0, -1024.0), (1.0, -1000.0), (1.0, 1024.0), (1.0, 1000.0), (0.1, 0.0), (0.1, -1024.0), (10.0, 0.0),
@@ -79,9 +78,8 @@ def check_hounsfield(voxels: NDArray[Any]) -> HounsfieldCheck:
     """
     values, counts = _histogram(voxels)
     values, counts, padding = _without_padding(values, counts)
-    shares = _shares(values, counts)
-    verdict, why, shift = _judge(values, counts, shares)
-    below, air, lung, between, soft, bone = shares
+    below, air, lung, between, soft, bone = _shares(values, counts)
+    verdict, why, shift = _judge(values, counts, below, bone)
     return HounsfieldCheck(
         verdict=verdict, why=why, shift_hu=shift, padding=padding, minimum=float(values[0]), maximum=float(values[-1]),
         air=air, lung=lung, between=between, soft=soft, bone=bone, below=below,
@@ -142,7 +140,7 @@ def _peak(values: Values, counts: Values, low: float, high: float) -> float | No
 def _body_in_air(values: Values, counts: Values, least_air: float) -> bool:
     """Whether air and tissue lie where HU put them.
 
-    Air and lung together at least `least_air`, most frequent at −1000 ± 70, or spread around −930…−700 (lung without air
+    Air and lung together at least `least_air`, most frequent at −1040…−930, or spread around −930…−700 (lung without air
     around: within 30 of its peak less than 0.4 of it); tissue (−200…200) at least 2 %, more than twice what lies between
     lung and tissue, and a quarter of all that is no air; less than 2 % below −1,100; less at 900…1100, where inverted air
     would be, than of air and lung.
@@ -155,17 +153,16 @@ def _body_in_air(values: Values, counts: Values, least_air: float) -> bool:
     if gas < least_air or below > 0.02 or soft < 0.02 or soft < 2 * between or soft < 0.25 * (between + soft + bone):
         return False
     peak = _peak(values, counts, LOWEST_AIR, -450)
-    if peak is None or not -1070 <= peak <= -700:
+    if peak is None or not -1040 <= peak <= -700:
         return False
     narrow = counts[np.abs(values - peak) <= 30].sum() / (gas * counts.sum())
     return bool(peak <= -930 or narrow < 0.4)
 
 
 def _judge(
-    values: Values, counts: Values, shares: tuple[float, float, float, float, float, float]
+    values: Values, counts: Values, below: float, bone: float
 ) -> tuple[Literal["hu", "unsure", "not_hu"], str, float]:
     """Verdict, rule, shift."""
-    below, air, lung, between, soft, bone = shares
     low, high = values[0], values[-1]
     if _body_in_air(values, counts, 0.01):
         return "hu", "air and tissue in place", 0.0
