@@ -121,12 +121,19 @@ def test_synthetic_patients():
     for n in range(3):
         anatomy = make_anatomy(sample_patient(n), 24, 96)
         assert check_hounsfield(scan_ct(anatomy).voxels).verdict == "hu"
+        assert (
+            check_hounsfield(-scan_ct(anatomy).voxels).verdict == "not_hu"
+        )  # its cortical bone then lies where air should
         assert check_hounsfield(scan_mr(anatomy).voxels).verdict != "hu"
 
 
 def test_thin_keeps_small_images_whole():
     assert thin(np.zeros((3, 255, 100))).shape == (3, 255, 100)
     assert thin(np.zeros((3, 512, 384))).shape == (3, 128, 128)
+
+
+def some_slices(vol):
+    return vol.voxels[:: max(len(vol.voxels) // 12, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def real_scans(real_data: Path, key: Key):
     folders = [*(real_data / "dicom").glob("*ct*"), *(real_data / "dicom").glob("mr_*")]
     for folder in sorted(f for f in folders if f.is_dir()):
         scans += [
-            (e.modality == "CT", folder.name, read_scan(e).voxels)
+            (e.modality == "CT", folder.name, some_slices(read_scan(e)))
             for e in find(folder, key)
             if e.reader == "dicom" and e.used
         ]
@@ -146,7 +153,8 @@ def real_scans(real_data: Path, key: Key):
               real_data / "nifti/ct_mr_totalsegmentator/mr_3mm_slab.nii.gz"]  # fmt: skip
     for path in images:
         scans += [
-            ("ct_" in path.name or path.parent.name == "ct", path.name, read_scan(e).voxels) for e in find(path, key)
+            ("ct_" in path.name or path.parent.name == "ct", path.name, some_slices(read_scan(e)))
+            for e in find(path, key)
         ]
     assert sum(ct for ct, *_ in scans) >= 45
     assert sum(not ct for ct, *_ in scans) >= 50

@@ -90,14 +90,14 @@ def measure_sections(vol: Volume) -> Sections | None:
     pixel_cm2 = float(step[1] * spacing[1] * step[2] * spacing[2]) / 100
     inside = _largest(np.asarray(few > -300))
     bone = inside & (few > 250)
-    inside = ~_outside(inside)
+    inside = np.logical_not(_outside(inside))
     area = inside.sum((1, 2)).astype(float)
     safe = np.maximum(area, 1)
     ring = ndimage.binary_closing(bone, _IN_PLANE)
     columns = np.arange(few.shape[2])
     weight = inside.sum(1)
     center = (weight @ columns) / np.maximum(weight.sum(1), 1)
-    first, last = inside.any(1).argmax(1), few.shape[2] - 1 - inside.any(1)[:, ::-1].argmax(1)
+    first, last = (weight > 0).argmax(1), few.shape[2] - 1 - (weight[:, ::-1] > 0).argmax(1)
     far = np.abs(columns - center[:, None]) > (last - first + 1)[:, None] / 4
     num_bone = bone.sum((1, 2))
     return Sections(

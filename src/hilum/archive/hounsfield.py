@@ -141,7 +141,7 @@ def _body_in_air(values: Values, counts: Values, least_air: float) -> bool:
     """Whether air and tissue lie where HU put them.
 
     Air and lung together at least `least_air`, most frequent at −1040…−930, or spread around −930…−700 (lung without air
-    around: within 30 of its peak less than 0.4 of it); tissue (−200…200) at least 2 %, more than twice what lies between
+    around: within 30 of its peak less than 0.4 of it); tissue (−200…200) at least 2 %, half as much again as lies between
     lung and tissue, and a quarter of all that is no air; less than 2 % below −1,100; less at 900…1100, where inverted air
     would be, than of air and lung.
     """
@@ -150,7 +150,7 @@ def _body_in_air(values: Values, counts: Values, least_air: float) -> bool:
     mirrored = counts[(values >= 900) & (values <= 1100)].sum() / counts.sum()
     if mirrored >= gas:
         return False
-    if gas < least_air or below > 0.02 or soft < 0.02 or soft < 2 * between or soft < 0.25 * (between + soft + bone):
+    if gas < least_air or below > 0.02 or soft < 0.02 or soft < 1.5 * between or soft < 0.25 * (between + soft + bone):
         return False
     peak = _peak(values, counts, LOWEST_AIR, -450)
     if peak is None or not -1040 <= peak <= -700:

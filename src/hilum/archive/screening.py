@@ -14,8 +14,8 @@ Cautions alone: "saturated" (2 % at the highest value), "field_size" (a slice si
 store measures anyway. A refused scan is refused for the first reason only.
 
 Set from 4,059 real scans and images: of those that show something none has fewer than 52 values, one value in more than
-94 %, or neighbours that correlate less than 0.2 (clipped 64×64 thumbnails; whole scans 0.75 and more), while noise stays
-below 0.05. Ten have copied slices, all but one of them blank.
+94 % of its voxels, or neighbours that correlate less than 0.2 (clipped 64×64 thumbnails; whole scans 0.75 and more),
+while noise stays below 0.03. One has a copied slice that is not blank.
 """
 
 from dataclasses import dataclass
