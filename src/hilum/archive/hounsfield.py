@@ -92,12 +92,12 @@ def _histogram(voxels: NDArray[Any]) -> tuple[Values, Values]:
     """Different values in order, rounded to whole numbers, and how often each was sampled."""
     few = thin(voxels)
     if few.dtype != np.int16:
-        if np.issubdtype(few.dtype, np.integer) and few.dtype.itemsize < 4:
-            few = few.astype(np.int32)
         # ±10^6 keeps room for unsigned 16 bits and for tenfold slopes.
-        whole = np.rint(np.clip(few, -1e6, 1e6)).astype(np.int32)
-        found, often = np.unique(whole, return_counts=True)
-        return found.astype(np.float64), often.astype(np.float64)
+        few = np.rint(np.clip(few.astype(np.float64), -1e6, 1e6))
+        if few.min() < -32768 or few.max() > 32767:
+            found, times = np.unique(few, return_counts=True)
+            return found, times.astype(np.float64)
+        few = few.astype(np.int16)
     often = np.bincount(np.ascontiguousarray(few).view(np.uint16).ravel(), minlength=65536)
     often = np.roll(often, 32768)
     found = np.flatnonzero(often)
