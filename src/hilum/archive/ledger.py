@@ -78,6 +78,11 @@ REASONS: dict[str, Reason] = {
     "not_3d": Reason("An image file whose axes are not space and time (vectors, spectra).", False),
     "constant": Reason("All voxels have one value: an empty image or an empty label map.", False),
     "duplicate_instance": Reason("A slice that exists twice (by SOPInstanceUID); one copy is used.", False),
+    "nearly_constant": Reason("Almost all voxels have one value.", False),
+    "few_levels": Reason("Too few different grey values for an image.", False),
+    "noise": Reason("Neighbouring voxels have nothing to do with each other: noise, not an image.", True),
+    "repeated_slices": Reason("Most slices are copies of their neighbours.", True),
+    "small_matrix": Reason("Too few rows or columns for an image.", False),
     "too_few_slices": Reason("Fewer slices than asked for.", False),
 }
 
@@ -91,6 +96,14 @@ FLAGS: dict[str, str] = {
     "sform_qform": "The two affines of a NIfTI file disagree (corners in mm, axes in degrees); the sform counts.",
     "pixdim": "The voxel sizes of a NIfTI header disagree with its affine, which counts.",
     "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
+    "hu_suspect": "A CT whose values do not prove to be Hounsfield units.",
+    "noisy": "Neighbouring voxels have little to do with each other.",
+    "few_levels": "Few different grey values.",
+    "saturated": "Many voxels stand at the highest value: bright tissue may be cut off.",
+    "repeated_slices": "Some slices are copies of their neighbours.",
+    "small_matrix": "Few rows or columns.",
+    "field_size": "An unlikely field of view: a crop, or a spacing in another unit.",
+    "mostly_background": "Few slices, or none, show anatomy on half of their area (Curia-2 trains on no others).",
 }
 
 VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")
