@@ -16,7 +16,7 @@ OBLIQUE_DEG = 20.0  # from the nearest body axis
 PLANES = ("sagittal", "coronal", "axial")  # normal along x, y, z
 REGIONS = ("head", "neck", "chest", "abdomen", "pelvis")
 
-PIXEL_MM, STEP_MM, MOST_SECTIONS = 4.0, 15.0, 48  # the coarse grid that regions are told on
+PIXEL_MM, STEP_MM, MOST_SECTIONS = 4.0, 10.0, 48  # the coarse grid that regions are told on
 SMALLEST_FIELD_MM = 150.0  # a smaller slice is a crop and shows no cross-section
 # How much of a region a scan must show, in mm along the body, or else half of its length.
 LEAST_MM = {"head": 40.0, "neck": 40.0, "chest": 80.0, "abdomen": 60.0, "pelvis": 30.0}
