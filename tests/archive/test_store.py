@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from hilum.archive.store import Store, check_header, open_for_writing, quantise, write_header, write_index, write_volume
+from hilum.archive.store import (
+    Store,
+    check_header,
+    index_path,
+    open_for_writing,
+    quantise,
+    write_header,
+    write_index,
+    write_volume,
+)
 from hilum.errors import StoreError
 from hilum.volume import Volume
 
@@ -17,7 +26,7 @@ def make_store(tmp_path):
     def make(*volumes: Volume) -> Store:
         open_for_writing(tmp_path / "store", {"key": "k"})
         rows = [write_volume(tmp_path / "store", f"{n:016x}", v, patient="p") for n, v in enumerate(volumes)]
-        write_index(tmp_path / "store" / "index" / "index.parquet", rows)
+        write_index(index_path(tmp_path / "store"), rows)
         write_header(tmp_path / "store", {"key": "k", "status": "complete"})
         return Store(tmp_path / "store")
 
@@ -56,7 +65,8 @@ def test_volume_and_single_slices_come_back(make_store):
     for z in range(7):
         pixels, content = store.read_slice("0" * 16, z)
         np.testing.assert_array_equal(pixels, ct.voxels[z])
-        assert content.foreground == pytest.approx(content.grid.mean(), abs=0.01)
+        assert content.foreground == pytest.approx(content.grid.mean(), abs=0.5 / 255)
+        assert content.foreground == store.row("0" * 16).shares[z]
     np.testing.assert_allclose(store.read_volume(f"{1:016x}").voxels, image.voxels, atol=1e-5)
     assert store.read_volume(f"{1:016x}").affine is None
 
