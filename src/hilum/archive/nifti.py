@@ -145,6 +145,32 @@ def read_label(path: Path) -> Volume:
     return to_slices(Volume(voxels=numbers, affine=header.affine, modality="OT", kind="label"))
 
 
+def write(
+    path: Path, stored: NDArray[np.int16], affine: FloatArray | None, slope: float, intercept: float, *, packed: bool
+) -> None:
+    """Write stored numbers as a NIfTI; equal voxels give equal bytes.
+
+    stored   (Z, Y, X); slope and intercept of `value = stored · slope + intercept` go into scl_slope and scl_inter
+    affine   (k, j, i, 1) → LPS mm; None leaves both qform_code and sform_code 0
+    packed   gzip, level 1
+
+    NIfTI-1 keeps the affine in single precision, in RAS. An axis above 32,767 voxels makes it NIfTI-2.
+    """
+    kind = nib.Nifti1Image if max(stored.shape) < 1 << 15 else nib.Nifti2Image
+    ras = np.eye(4) if affine is None else _LPS_FROM_RAS @ affine[:, [2, 1, 0, 3]]
+    image = kind(stored.T, ras)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
+    image.set_sform(ras, 0 if affine is None else 1)
+    image.set_qform(ras, 0 if affine is None else 1, strip_shears=True)
+    with open(path, "wb") as plain:
+        if not packed:
+            image.to_stream(plain)
+            return
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=plain, mtime=0) as stream:
+            image.to_stream(stream)
+
+
 def _read_voxels(path: Path) -> tuple[NiftiHeader, NDArray[Any]]:
     """Header and voxels (Z, Y, X), all finite."""
     with _open(path) as handle:

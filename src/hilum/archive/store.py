@@ -17,6 +17,7 @@ Chunks of 16 slices win 10 % of crops on a local disk and lose a fifth of the sl
 
 import bisect
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -288,8 +289,13 @@ def _write_tables(path: Path, tables: Iterator[Any]) -> None:
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, INDEX_SCHEMA) as writer,
     ):
-        for table in tables:
-            writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
+        waiting = INDEX_SCHEMA.empty_table()
+        for table in tables:  # pieces of equal length, whatever came: equal rows give equal files
+            waiting = pa.concat_tables([waiting, table]).combine_chunks()
+            whole = waiting.num_rows - waiting.num_rows % BATCH_ROWS
+            writer.write_table(waiting.slice(0, whole), max_chunksize=BATCH_ROWS)
+            waiting = waiting.slice(whole)
+        writer.write_table(waiting.combine_chunks(), max_chunksize=BATCH_ROWS)
 
 
 def write_header(root: Path, header: dict[str, Any]) -> None:
@@ -330,6 +336,11 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def sorted_keys(self) -> Iterator[str]:
+        """The keys of all volumes."""
+        for chunk in self.rows.table["key"].chunks:
+            yield from chunk.to_pylist()
 
     @property
     def num_slices(self) -> int:
@@ -372,12 +383,11 @@ class Store:
 
     def read_volume(self, key: str) -> Volume:
         """One whole volume; voxels (Z, Y, X) float32, or int16 when stored without scaling."""
-        return self._volume(self.row(key), (0, 0, 0), self._open(key)[0][:])
+        return self._volume(self.row(key), (0, 0, 0), self.read_stored(key))
 
     def read_stored(self, key: str) -> NDArray[np.int16]:
         """The stored numbers of one volume, (Z, Y, X)."""
-        stored: NDArray[np.int16] = self._open(key)[0][:]
-        return stored
+        return self._read(key, ())
 
     def read_crop(self, key: str, start: tuple[int, int, int], shape: tuple[int, int, int]) -> Volume:
         """One box of a volume, without reading the rest.
@@ -390,7 +400,7 @@ class Store:
         inside = [(min(max(a, 0), n - 1), max(min(a + m, n), 1)) for a, m, n in zip(start, shape, row.shape)]
         inside = [(low, max(high, low + 1)) for low, high in inside]
         (k, k_end), (j, j_end), (i, i_end) = inside
-        vol = self._volume(row, (k, j, i), self._open(key)[0][k:k_end, j:j_end, i:i_end])
+        vol = self._volume(row, (k, j, i), self._read(key, np.s_[k:k_end, j:j_end, i:i_end]))
         if (k, j, i) == tuple(start) and vol.shape == tuple(shape):
             return vol
         at = (start[0] - k, start[1] - j, start[2] - i)
@@ -402,14 +412,16 @@ class Store:
         returns  pixels (Y, X) float32 in the volume's unit; its content
         """
         row = self.row(key)
-        array, content = self._open(key)
-        pixels = restore(array[z], row.slope, row.intercept).astype(np.float32, copy=False)
-        return pixels, SliceContent(unpack_cells(content, z))
+        pixels = restore(self._read(key, z), row.slope, row.intercept).astype(np.float32, copy=False)
+        return pixels, SliceContent(unpack_cells(open_volume(self.root, key)[1], z))
 
-    def read_cells(self, key: str) -> NDArray[np.uint8]:
-        """The content grids of all slices, (Z, GRID, GRID)."""
-        content = self._open(key)[1]
-        return np.stack([unpack_cells(content, z) for z in range(self.row(key).shape[0])])
+    def _read(self, key: str, where: Any) -> NDArray[np.int16]:
+        array, _ = open_volume(self.root, key)
+        try:
+            stored: NDArray[np.int16] = array[where]
+        except RuntimeError as error:
+            raise StoreError(f"volume {key} of {self.root} is broken ({error}); see hilum store verify") from None
+        return stored
 
     def _volume(self, row: Row, start: tuple[int, int, int], stored: NDArray[np.int16]) -> Volume:
         affine = None
@@ -419,19 +431,36 @@ class Store:
         voxels = restore(stored, row.slope, row.intercept)
         return Volume(voxels=voxels, affine=affine, modality=row.modality, unit=row.unit)
 
-    def _open(self, key: str) -> tuple[Any, bytes]:
-        try:
-            path = volume_path(self.root, key)
-            return _open_array(str(path), path.stat().st_mtime_ns)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise StoreError(f"volume {key} of {self.root} cannot be opened: {error}") from None
+
+def open_volume(root: Path, key: str) -> tuple[Any, bytes]:
+    """The Blosc2 array of one volume, voxels unread, and its packed content. StoreError when it is missing or broken."""
+    try:
+        path = _path(root, key)
+        return _open_array(path, os.stat(path).st_mtime_ns)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise StoreError(f"volume {key} of {root} cannot be opened: {error}") from None
+
+
+@lru_cache(maxsize=4096)
+def _path(root: Path, key: str) -> str:
+    return str(volume_path(root, key))
 
 
 @lru_cache(maxsize=512)
 def _open_array(path: str, _: int) -> tuple[Any, bytes]:
-    """An open volume and its packed content, kept as long as the file's time stamp stays: opening costs half a slice."""
+    """Kept as long as the file's time stamp stays: opening costs half a slice."""
     array = blosc2.open(path, mode="r", dparams={"nthreads": 1})
     return array, array.schunk.meta["content"]
+
+
+def orphans(store: Store) -> Iterator[Path]:
+    """Files under `volumes/` that no row of the index names."""
+    keys = set(store.sorted_keys())
+    for folder, folders, names in os.walk(store.root / "volumes"):
+        folders.sort()
+        for path in (Path(folder) / name for name in sorted(names)):
+            if path.stem not in keys or path != volume_path(store.root, path.stem):
+                yield path
 
 
 def open_for_writing(root: Path, header: dict[str, Any]) -> None:
