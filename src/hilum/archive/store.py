@@ -290,12 +290,17 @@ def _write_tables(path: Path, tables: Iterator[Any]) -> None:
         pa.ipc.new_file(sink, INDEX_SCHEMA) as writer,
     ):
         waiting = INDEX_SCHEMA.empty_table()
-        for table in tables:  # pieces of equal length, whatever came: equal rows give equal files
-            waiting = pa.concat_tables([waiting, table]).combine_chunks()
-            whole = waiting.num_rows - waiting.num_rows % BATCH_ROWS
-            writer.write_table(waiting.slice(0, whole), max_chunksize=BATCH_ROWS)
-            waiting = waiting.slice(whole)
-        writer.write_table(waiting.combine_chunks(), max_chunksize=BATCH_ROWS)
+        for table in tables:
+            waiting = pa.concat_tables([waiting, table])
+            while waiting.num_rows >= BATCH_ROWS:
+                writer.write_table(_compact(waiting.slice(0, BATCH_ROWS)))
+                waiting = waiting.slice(BATCH_ROWS)
+        writer.write_table(_compact(waiting))
+
+
+def _compact(table: Any) -> Any:
+    """The table in one piece and copied, else a slice drags the text of its neighbours into the file."""
+    return table.combine_chunks().take(pa.array(np.arange(table.num_rows)))
 
 
 def write_header(root: Path, header: dict[str, Any]) -> None:
