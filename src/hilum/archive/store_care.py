@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hilum.archive.ledger import LEDGER_SCHEMA
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.store import (
@@ -128,21 +129,21 @@ def _check_mergeable(stores: Sequence[Store]) -> int:
             f"the stores were made with different keys ({', '.join(sorted(map(str, keys)))}): the same patient has "
             "different names in them. Prepare them again with one key"
         )
-    num_same, different = 0, []
+    same, different = set(), set()
     for n, store in enumerate(stores):
         for other in stores[n + 1 :]:
             wanted = pc.is_in(other.rows.table["key"], store.rows.table["key"].combine_chunks())
             for number in pc.indices_nonzero(wanted).to_pylist():
                 row = other.rows[number]
-                num_same += 1
+                same.add(row.key)
                 if _facts(row) != _facts(store.row(row.key)):
-                    different.append(row.key)
+                    different.add(row.key)
     if different:
         raise StoreError(
             f"{len(different)} volumes have one key but other pixels, geometry or patient in another store, the first "
-            f"{different[0]}. Loose files are named by their path in the archive: give one archive another folder name"
+            f"{min(different)}. Loose files are named by their path in the archive: give one archive another folder name"
         )
-    return num_same
+    return len(same)
 
 
 def _facts(row: Row) -> list[Any]:
@@ -181,7 +182,7 @@ def _link(source: Path, target: Path) -> None:
 def _merge_ledgers(sources: Sequence[Path], target: Path) -> None:
     """Rows of all ledgers, sorted by key, one per key: the used one, else that of the later ledger."""
     tables = [read_table(p) for p in sources]
-    table = pa.concat_tables([t.replace_schema_metadata() for t in tables])
+    table = pa.concat_tables([t.select(LEDGER_SCHEMA.names).cast(LEDGER_SCHEMA) for t in tables])
     rank = pa.array([n for n, t in enumerate(tables) for _ in range(t.num_rows)], pa.int32())
     # Among used rows the first: its volume is the one that stays.
     used = pc.not_equal(table["verdict"], "refused")
