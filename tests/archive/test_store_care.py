@@ -195,6 +195,18 @@ def test_merging_across_disks_copies(parts, tmp_path, monkeypatch):
     assert verify(tmp_path / "out", num_workers=1)["findings"] == []
 
 
+def test_of_equal_volumes_file_and_row_of_the_first_stay(parts, tmp_path, write_store, make_volume, monkeypatch):
+    """Another version of the compressor writes other bytes for the same voxels."""
+    monkeypatch.setattr("hilum.archive.store.BLOCK", 16)
+    other = write_store(tmp_path / "other", {KEYS[2]: make_volume(2, (3, 30, 40))})
+    checksums = [Store(s).row(KEYS[2]).checksum for s in (parts[0], other)]
+    assert checksums[0] != checksums[1]
+    for number, stores in enumerate([[parts[0], other], [other, parts[0]]]):
+        merge(stores, tmp_path / f"out{number}")
+        assert Store(tmp_path / f"out{number}").row(KEYS[2]).checksum == checksums[number]
+        assert verify(tmp_path / f"out{number}", deep=True, num_workers=1)["findings"] == []
+
+
 @pytest.mark.parametrize("step", ["_link", "merge_indexes", "_merge_ledgers", "write_header"])
 def test_a_merge_stopped_anywhere_goes_on(parts, tmp_path, monkeypatch, step):
     merge(parts, tmp_path / "wanted")

@@ -200,8 +200,9 @@ class Rows(Sequence[Row]):
             raise InputError(f"{path} cannot be read as Arrow IPC: {error}") from None
         if self.table.schema.names != INDEX_SCHEMA.names:
             raise InputError(f"{path} is no index of this version; prepare the archive again into another folder")
-        self._batches = self.table.to_batches()
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches]).tolist()
+        batches = self.table.to_batches()
+        self._columns = [batch.columns for batch in batches]  # fetching a column costs more than a value of it
+        self._ends = np.cumsum([batch.num_rows for batch in batches]).tolist()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -213,8 +214,8 @@ class Rows(Sequence[Row]):
     def __getitem__(self, number: int | slice) -> Row | list[Row]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        batch, place = self._locate(number)
-        values = {name: batch.column(n)[place].as_py() for n, name in enumerate(INDEX_SCHEMA.names)}
+        columns, place = self._locate(number)
+        values = {name: column[place].as_py() for name, column in zip(INDEX_SCHEMA.names, columns)}
         values["shape"] = tuple(values["shape"])
         values["affine"] = values["affine"] and tuple(values["affine"])
         return Row(**values)
@@ -225,16 +226,16 @@ class Rows(Sequence[Row]):
         return number if number < len(self) and self._key(number) == key else None
 
     def _key(self, number: int) -> str:
-        batch, place = self._locate(number)
-        key: str = batch.column(0)[place].as_py()
+        columns, place = self._locate(number)
+        key: str = columns[0][place].as_py()
         return key
 
-    def _locate(self, number: int) -> tuple[Any, int]:
+    def _locate(self, number: int) -> tuple[list[Any], int]:
         number = int(number) + (len(self) if number < 0 else 0)
         if not 0 <= number < len(self):
             raise IndexError(f"row {number} of {len(self)}")
         which = bisect.bisect_right(self._ends, number)
-        return self._batches[which], number - (self._ends[which - 1] if which else 0)
+        return self._columns[which], number - (self._ends[which - 1] if which else 0)
 
 
 def write_index(path: Path, rows: Sequence[Row]) -> None:
