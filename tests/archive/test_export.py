@@ -15,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from hilum import cli
 from hilum.archive import export as module
@@ -63,6 +64,7 @@ def test_nifti_through_nibabel(store, tmp_path, gzip):
         for index in rng.uniform(0, 20, (9, 3)):  # any place in the scan is the same place in the patient
             place = (vol.affine @ [*index, 1])[:3]
             np.testing.assert_allclose((image.affine @ [*index[::-1], 1])[:3] * [-1, -1, 1], place, atol=1e-4)
+        assert image.header["qform_code"] == 0  # a sheared grid
     image = nib.load(tmp_path / "out" / f"{FLAT}{suffix}")
     assert (image.header["qform_code"], image.header["sform_code"]) == (0, 0)
 
@@ -86,6 +88,18 @@ def test_a_real_scan_goes_in_and_out(real_data, tmp_path, write_store):
     np.testing.assert_allclose(read.affine, vol.affine, rtol=1e-6, atol=1e-5)
     crop = Store(root).read_crop(CT, (3, 5, 7), (9, 20, 30))
     np.testing.assert_array_equal(crop.voxels, vol.voxels[3:12, 5:25, 7:37])
+
+
+def test_qform_and_sform_agree_without_shear(tmp_path):
+    turned = np.array([[0.0, 0.6, 0.8], [0.0, -0.8, 0.6], [1.0, 0.0, 0.0]]) * [3.0, 0.5, 0.7]
+    affine = np.block([[turned, np.array([[-30.0], [20], [100]])], [np.zeros((1, 3)), 1.0]])
+    nifti.write(tmp_path / "x.nii", np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine, 1.0, 0.0, packed=False)
+    image = nib.load(tmp_path / "x.nii")
+    assert (image.header["qform_code"], image.header["sform_code"]) == (1, 1)
+    np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-5)
+    itk = sitk.ReadImage(str(tmp_path / "x.nii"))  # positions in LPS, as ours
+    assert sitk.GetArrayFromImage(itk)[2, 1, 4] == 49
+    np.testing.assert_allclose(itk.TransformIndexToPhysicalPoint((4, 1, 2)), (affine @ [2, 1, 4, 1])[:3], atol=1e-4)
 
 
 def test_an_axis_beyond_nifti_1(tmp_path):

@@ -226,6 +226,16 @@ def test_joined_indexes_are_those_of_all_rows(make_store, make_volume, tmp_path,
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_a_store_without_volumes(tmp_path, make_store):
+    store = make_store()
+    merge_indexes(tmp_path / "joined", [])
+    assert len(store) == len(read_index(tmp_path / "joined")) == store.num_slices == 0
+    assert list(store.sorted_keys()) == list(store.foreground()) == list(store.rows) == []
+    assert len(store.hash) == 16
+    with pytest.raises(StoreError, match="no volume"):
+        store.row("00")
+
+
 def test_what_is_no_index(tmp_path):
     with pytest.raises(InputError, match="is missing"):
         read_index(tmp_path / "index")

@@ -154,7 +154,8 @@ def write(
     affine   (k, j, i, 1) → LPS mm; None leaves both qform_code and sform_code 0
     packed   gzip, level 1
 
-    NIfTI-1 keeps the affine in single precision, in RAS. An axis above 32,767 voxels makes it NIfTI-2.
+    NIfTI-1 keeps the affine in single precision, in RAS; the qform is left out when it cannot say the same (shear). An
+    axis above 32,767 voxels makes it NIfTI-2.
     """
     kind = nib.Nifti1Image if max(stored.shape) < 1 << 15 else nib.Nifti2Image
     ras = np.eye(4) if affine is None else _LPS_FROM_RAS @ affine[:, [2, 1, 0, 3]]
@@ -163,6 +164,8 @@ def write(
     image.header.set_slope_inter(slope, intercept)
     image.set_sform(ras, 0 if affine is None else 1)
     image.set_qform(ras, 0 if affine is None else 1, strip_shears=True)
+    if not np.allclose(image.get_qform(), ras, rtol=1e-4, atol=1e-3):
+        image.set_qform(None, 0)
     with open(path, "wb") as plain:
         if not packed:
             image.to_stream(plain)
