@@ -141,8 +141,12 @@ def test_help_of_every_command(hilum):
 
 
 def test_every_command_has_json_and_help_texts():
-    for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+    commands = list(typer.main.get_command(cli.app).commands.values())  # type: ignore[attr-defined]
+    for command in commands:
         assert command.help
+        if hasattr(command, "commands"):  # a group: its commands follow
+            commands += command.commands.values()
+            continue
         names = {name for parameter in command.params for name in parameter.opts}
         assert "--json" in names, command.name
         missing = [p.name for p in command.params if not getattr(p, "help", None)]

@@ -18,7 +18,7 @@ import torch
 from measure import print_lines, take_turns
 
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct
-from hilum.archive.store import Store, open_for_writing, write_header, write_index, write_volume
+from hilum.archive.store import Store, index_path, open_for_writing, write_header, write_index, write_volume
 from hilum.encode import vit
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch, Slices
@@ -31,7 +31,7 @@ def make_store(root: Path, num_patients: int = 2) -> Store:
     header = {"key": "benchmark"}
     open_for_writing(root, header)
     rows = [write_volume(root, f"{n:016x}", scan_ct(make_anatomy(sample_patient(n)))) for n in range(num_patients)]
-    write_index(root / "index" / "index.parquet", rows)
+    write_index(index_path(root), rows)
     write_header(root, {**header, "status": "complete"})
     return Store(root)
 

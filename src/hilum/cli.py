@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
 
 app = typer.Typer(
@@ -20,6 +21,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done · 1 our bug · 2 usage · 3 input refused · 4 finished, some scans left out · "
     "5 licence · 6 weights absent offline · 7 out of memory · 130/143 interrupted, go on with the same command",
 )
+
+app.add_typer(store_app, name="store")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -189,7 +189,7 @@ def _add_views(page: Page, store: Store, recipe: Recipe) -> None:
         "Content-aware crops",
         f"Slices with less than {spec.min_image_foreground:.0%} anatomy are not trained on, and crops with less than "
         f"{spec.min_crop_foreground:.0%} are drawn again. {len(slices.volume):,} of "
-        f"{sum(r.shape[0] for r in store.rows):,} slices remain.",
+        f"{store.num_slices:,} slices remain.",
     )
     page.figure(
         figures.crop_grid(shown),

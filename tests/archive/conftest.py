@@ -10,6 +10,10 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from hilum.archive.ledger import Entry, write_entries
+from hilum.archive.store import index_path, open_for_writing, write_header, write_index, write_volume
+from hilum.volume import Volume
+
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 ROOT = "1.2.826.0.1.3680043.10.9999"
@@ -156,3 +160,33 @@ def write_frames(
 @pytest.fixture(scope="session")
 def write_multiframe() -> Callable[..., Path]:
     return write_frames
+
+
+def write_finished_store(root: Path, volumes: dict[str, Volume], *, refused: Sequence[Entry] = ()) -> Path:
+    """A store as `prepare` leaves it: volumes by key, index, ledger with a used row for each, header."""
+    open_for_writing(root, {"key": "k"})
+    rows = [write_volume(root, key, v, patient="p", plane="axial") for key, v in volumes.items()]
+    write_index(index_path(root), rows)
+    used = [Entry(key=key, modality=v.modality, num_slices=v.shape[0]) for key, v in volumes.items()]
+    write_entries(root / "ledger.parquet", [*used, *refused])
+    write_header(root, {"key": "k", "status": "complete"})
+    return root
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., Path]:
+    return write_finished_store
+
+
+def random_volume(seed: int, shape: tuple[int, int, int] = (5, 70, 90)) -> Volume:
+    """CT noise around a body, sheared and anisotropic."""
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(-1000, 1500, shape).astype(np.int16)
+    voxels[:, : shape[1] // 3] = -1000
+    affine = np.array([[0.1, 0.2, 0.7, -20 - seed], [0.0, 0.8, 0.1, 30], [2.5, 0.3, 0.0, 12.5], [0, 0, 0, 1]])
+    return Volume(voxels=voxels, affine=affine, modality="CT", unit="HU")
+
+
+@pytest.fixture(scope="session")
+def make_volume() -> Callable[..., Volume]:
+    return random_volume

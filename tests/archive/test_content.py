@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hilum.archive.content import GRID, Content, foreground_threshold, measure_content, shrink
+from hilum.archive.content import GRID, foreground_threshold, measure_content, pack_cells, shrink, unpack_cells
 from hilum.volume import Volume
 
 
@@ -17,19 +17,34 @@ def test_place_size_and_spread_of_a_disc(unit, modality):
     slices = np.stack([disc((40, 80), 30), disc((64, 64), 50), disc((0, 0), 0)])
     content = measure_content(Volume(voxels=slices, affine=None, modality=modality, unit=unit))
     area = np.pi * np.array([30, 50, 0]) ** 2 / 128**2
-    np.testing.assert_allclose(content.foreground, area, atol=0.02)
-    np.testing.assert_allclose(content.center, [[40 / 128, 80 / 128], [0.5, 0.5], [0.5, 0.5]], atol=0.01)
-    np.testing.assert_allclose(content.spread, [[15 / 128] * 2, [25 / 128] * 2, [0, 0]], atol=0.01)
+    np.testing.assert_allclose(content.foreground / 255, area, atol=0.02)
+    np.testing.assert_allclose(
+        [content[z].center for z in range(3)], [[40 / 128, 80 / 128], [0.5, 0.5], [0.5, 0.5]], atol=0.01
+    )
+    np.testing.assert_allclose(
+        [content[z].spread for z in range(3)], [[15 / 128] * 2, [25 / 128] * 2, [0, 0]], atol=0.01
+    )
 
 
 def test_enclosed_air_counts_as_anatomy():
     body = disc((64, 64), 50)
     body[disc((64, 64), 20) == 0] = -950  # a lung
     content = measure_content(Volume(voxels=body[None], affine=None, modality="CT", unit="HU"))
-    assert content.foreground[0] == pytest.approx(np.pi * 50**2 / 128**2, abs=0.02)
-    grid = Content.grid_from_bytes(content.grid.tobytes(), 1)
-    assert grid.shape == (1, GRID, GRID)
-    assert grid[0, 16, 16] == 1
+    assert content[0].foreground == pytest.approx(np.pi * 50**2 / 128**2, abs=0.02)
+    grid = content[0].grid
+    assert grid.shape == (GRID, GRID)
+    assert grid[16, 16] == 1
+
+
+def test_packed_grids_come_back_one_by_one():
+    cells = np.random.default_rng(0).integers(0, 256, (5, GRID, GRID)).astype(np.uint8)
+    cells[1:3] = 255
+    data = pack_cells(cells)
+    for z in range(5):
+        np.testing.assert_array_equal(unpack_cells(data, z), cells[z])
+    for broken in (data[:-10], data[:8], data[:-100] + bytes(100)):
+        with pytest.raises(ValueError):  # noqa: PT011, several messages
+            unpack_cells(broken, 4)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 192), (100, 77), (30, 50), (1, 1)])

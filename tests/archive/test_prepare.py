@@ -131,7 +131,7 @@ def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers)
     assert content(tmp_path / "store") == content(whole)
 
 
-@pytest.mark.parametrize("step", ["write_index", "write_entries", "write_header", "_drop_parts"])
+@pytest.mark.parametrize("step", ["merge_indexes", "write_entries", "write_header", "_drop_parts"])
 def test_stopped_between_any_two_last_steps(archive, whole, tmp_path, key, monkeypatch, step):
     original = getattr(module, step)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hilum.archive.store import open_for_writing, write_header, write_index, write_volume
+from hilum.archive.store import index_path, open_for_writing, write_header, write_index, write_volume
 from hilum.encode.vit import ViTConfig
 from hilum.pretrain.recipe import Objective, Optimiser, Recipe, Run, ViewSpec
 from hilum.volume import Volume
@@ -32,7 +32,7 @@ def write_store(root: Path, num_volumes: int = 4, seed: int = 0) -> Path:
             unit="HU" if ct else "",
         )
         rows.append(write_volume(root, f"{number:02d}aa", vol, patient=f"p{number}"))
-    write_index(root / "index" / "index.parquet", rows)
+    write_index(index_path(root), rows)
     write_header(root, {"status": "complete", "settings": {"seed": seed}})
     return root
 

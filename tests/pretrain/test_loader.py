@@ -51,7 +51,7 @@ def test_training_slices_have_enough_anatomy(store_path):
     store = Store(store_path)
     for share in (0.0, 0.3, 0.45):
         volumes, numbers = training_slices(store, share)
-        wanted = [(v, z) for v, row in enumerate(store.rows) for z, f in enumerate(row.foreground) if f >= share]
+        wanted = [(v, z) for v, row in enumerate(store.rows) for z, f in enumerate(row.shares) if f >= share]
         assert list(zip(volumes.tolist(), numbers.tolist())) == wanted
     assert 0 < len(training_slices(store, 0.45)[0]) < len(training_slices(store, 0.0)[0])
 
@@ -83,7 +83,7 @@ def test_slices_are_read_and_normalised_as_the_contract_says(slices):
     candidates = [normalise_slice(s.astype(np.float32), row.unit, slices.contract) for s in pixels.voxels]
     found = [z for z, c in enumerate(candidates) if torch.equal(c, image)]
     assert len(found) == 1
-    assert content.foreground == row.foreground[found[0]]
+    assert content.foreground == row.shares[found[0]]
 
 
 # ---- batches

@@ -29,10 +29,8 @@ def make_content(box: tuple[float, float, float, float] = (0.2, 0.3, 0.9, 0.8), 
     """Anatomy that fills a box (fractions) of the slice."""
     at = (np.arange(cells) + 0.5) / cells
     y0, x0, y1, x1 = box
-    grid = ((at[:, None] > y0) & (at[:, None] < y1) & (at > x0) & (at < x1)).astype(np.float32)
-    return SliceContent(
-        grid=grid, foreground=float(grid.mean()), center=((y0 + y1) / 2, (x0 + x1) / 2), spread=(0.2, 0.2)
-    )
+    grid = ((at[:, None] > y0) & (at[:, None] < y1) & (at > x0) & (at < x1)).astype(np.uint8)
+    return SliceContent(grid * 255)
 
 
 # ---- how many patches are hidden

@@ -6,7 +6,10 @@ a 64×64 grid; cells above a threshold are anatomy; enclosed holes (lungs) count
 for CT and, without a physical unit, half-way between the darkest level and Otsu's threshold of the whole volume.
 """
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,65 +19,107 @@ from hilum.volume import Volume
 
 GRID = 32  # cells per side of the stored foreground grid
 CT_AIR_HU = -600.0
+_AT = (np.arange(GRID, dtype=np.float64) + 0.5) / GRID  # centre of each cell, as a fraction of the image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SliceContent:
-    """What is known of one slice.
+    """What is known of one slice; everything follows from its grid, so that it is the same when measured and when read.
 
-    grid        (GRID, GRID) float32 in [0, 1]: share of anatomy in each cell
-    foreground  share of anatomy in the whole slice
-    center      (y, x) of the anatomy, as fractions of the image
-    spread      its standard deviation in (y, x), same unit
+    cells  (GRID, GRID) uint8: share of anatomy in each cell, 255 = all
     """
 
-    grid: NDArray[np.float32]
-    foreground: float
-    center: tuple[float, float]
-    spread: tuple[float, float]
+    cells: NDArray[np.uint8]
+
+    @cached_property
+    def grid(self) -> NDArray[np.float32]:
+        """The cells as shares in [0, 1]."""
+        return self.cells.astype(np.float32) / np.float32(255)
+
+    @property
+    def foreground(self) -> float:
+        """Share of anatomy in the whole slice, in steps of 1/255 as the index keeps it."""
+        return int(foreground_levels(self.cells)) / 255
+
+    @cached_property
+    def center(self) -> tuple[float, float]:
+        """(y, x) of the anatomy, as fractions of the image; the middle of an image without anatomy."""
+        return self._moments[0]
+
+    @cached_property
+    def spread(self) -> tuple[float, float]:
+        """Standard deviation of the anatomy in (y, x), same unit."""
+        return self._moments[1]
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        weight = self.cells.astype(np.float64)
+        total = weight.sum()
+        if total == 0:
+            return (0.5, 0.5), (0.0, 0.0)
+        marginals = weight.sum(1) / total, weight.sum(0) / total
+        y, x = (float(m @ _AT) for m in marginals)
+        variances = [float(m @ (_AT - at) ** 2) for m, at in zip(marginals, (y, x))]
+        return (y, x), (variances[0] ** 0.5, variances[1] ** 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Content:
-    """The same for all slices of a volume: grid (Z, GRID, GRID) uint8, 255 = all anatomy; the others (Z,) or (Z, 2)."""
+    """The same for all slices of a volume.
 
-    grid: NDArray[np.uint8]
-    foreground: NDArray[np.float32]
-    center: NDArray[np.float32]
-    spread: NDArray[np.float32]
+    cells      (Z, GRID, GRID) uint8, 255 = all anatomy
+    threshold  voxels at or below are background
+    """
+
+    cells: NDArray[np.uint8]
     threshold: float
 
-    @staticmethod
-    def grid_from_bytes(data: bytes, num_slices: int) -> NDArray[np.float32]:
-        grid = np.frombuffer(data, np.uint8).reshape(num_slices, GRID, GRID)
-        return grid.astype(np.float32) / np.float32(255)
+    @property
+    def foreground(self) -> NDArray[np.uint8]:
+        """(Z,) share of anatomy of each slice, 255 = all."""
+        return foreground_levels(self.cells)
+
+    def __getitem__(self, z: int) -> SliceContent:
+        return SliceContent(self.cells[z])
+
+
+def foreground_levels(cells: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Mean of each grid (…, GRID, GRID), rounded: 255 = all anatomy."""
+    levels: NDArray[np.uint8] = np.rint(cells.mean((-2, -1), dtype=np.float64)).astype(np.uint8)
+    return levels
 
 
 def measure_content(vol: Volume) -> Content:
     """Find the anatomy in every slice (axis 0) of a volume."""
-    cells = np.stack([shrink(s, 2 * GRID) for s in vol.voxels])
-    threshold = CT_AIR_HU if vol.unit == "HU" else foreground_threshold(cells)
-    anatomy = cells > threshold
+    return measure_slices(vol.voxels, vol.unit)
+
+
+def measure_slices(slices: Iterable[NDArray[np.generic]], unit: str) -> Content:
+    """Find the anatomy in slices (Y, X) of one volume, given one after the other."""
+    means = np.stack([shrink(s, 2 * GRID) for s in slices])
+    threshold = CT_AIR_HU if unit == "HU" else foreground_threshold(means)
+    anatomy = means > threshold
     for mask in anatomy:
         ndimage.binary_fill_holes(mask, output=mask)
     share = anatomy.reshape(len(anatomy), GRID, 2, GRID, 2).mean((2, 4), dtype=np.float32)
-    grid = np.rint(share * 255).astype(np.uint8)
-    weight = share.reshape(len(share), GRID, GRID)
-    total = weight.sum((1, 2))
-    safe = np.maximum(total, 1e-6)
-    at = (np.arange(GRID, dtype=np.float32) + 0.5) / GRID
-    marginal_y, marginal_x = weight.sum(2) / safe[:, None], weight.sum(1) / safe[:, None]
-    center = np.stack([marginal_y @ at, marginal_x @ at], 1)
-    spread = np.stack([marginal_y @ at**2, marginal_x @ at**2], 1) - center**2
-    empty = total == 0
-    center[empty], spread[empty] = 0.5, 0.0
-    return Content(
-        grid=grid,
-        foreground=(total / GRID**2).astype(np.float32),
-        center=center.astype(np.float32),
-        spread=np.sqrt(np.maximum(spread, 0)).astype(np.float32),
-        threshold=float(threshold),
-    )
+    return Content(cells=np.rint(share * 255).astype(np.uint8), threshold=float(threshold))
+
+
+def pack_cells(cells: NDArray[np.uint8]) -> bytes:
+    """Grids (Z, GRID, GRID) as bytes from which one can be read alone: Z + 1 offsets (uint32), then a zlib stream each."""
+    streams = [zlib.compress(grid.tobytes(), 6) for grid in cells]
+    offsets = np.cumsum([4 * (len(cells) + 1), *map(len, streams)]).astype("<u4")
+    return offsets.tobytes() + b"".join(streams)
+
+
+def unpack_cells(data: bytes, z: int) -> NDArray[np.uint8]:
+    """The grid (GRID, GRID) of one slice. ValueError when the bytes do not hold it."""
+    start, end = np.frombuffer(data, "<u4", 2, 4 * z)
+    try:
+        found = zlib.decompressobj().decompress(data[start:end], GRID**2 + 1)
+    except zlib.error as error:
+        raise ValueError(f"content of slice {z}: {error}") from None
+    return np.frombuffer(found, np.uint8).reshape(GRID, GRID)
 
 
 def shrink(image: NDArray[np.generic], side: int) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 A file with a fourth axis (time, echoes, b-values) holds several volumes, each a scan of its own.
 """
 
+import gzip
 import logging
 import struct
 import warnings
@@ -10,11 +11,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
 from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
+from numpy.typing import NDArray
 
 from hilum.archive.ledger import flag
 from hilum.archive.raw import ImageHeader, RawVoxels, check_size
@@ -203,3 +206,32 @@ def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
 def read_label(path: Path) -> Volume:
     """Read a label map; see `hilum.archive.values.read_label_map`."""
     return read_label_map(read_header(path))
+
+
+def write(
+    path: Path, stored: NDArray[np.int16], affine: FloatArray | None, slope: float, intercept: float, *, packed: bool
+) -> None:
+    """Write stored numbers as a NIfTI; equal voxels give equal bytes.
+
+    stored   (Z, Y, X); slope and intercept of `value = stored · slope + intercept` go into scl_slope and scl_inter
+    affine   (k, j, i, 1) → LPS mm; None leaves both qform_code and sform_code 0
+    packed   gzip, level 1
+
+    NIfTI-1 keeps the affine in single precision, in RAS; the qform is left out when it cannot say the same (shear). An
+    axis above 32,767 voxels makes it NIfTI-2.
+    """
+    kind = nib.Nifti1Image if max(stored.shape) < 1 << 15 else nib.Nifti2Image
+    ras = np.eye(4) if affine is None else _LPS_FROM_RAS @ affine[:, [2, 1, 0, 3]]
+    image = kind(stored.T, ras)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
+    image.set_sform(ras, 0 if affine is None else 1)
+    image.set_qform(ras, 0 if affine is None else 1, strip_shears=True)
+    if not np.allclose(image.get_qform(), ras, rtol=1e-4, atol=1e-3):
+        image.set_qform(None, 0)
+    with open(path, "wb") as plain:
+        if not packed:
+            image.to_stream(plain)
+            return
+        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=plain, mtime=0) as stream:
+            image.to_stream(stream)

@@ -2,8 +2,8 @@
 
     store.json            written first with status "writing", last with status "complete"
     volumes/xx/<key>.b2nd each written atomically
-    index/part-NNNNNN.*   every PART_SCANS scans: index rows (.parquet) and what became of the scans (.ledger.parquet)
-    index/index.parquet   all rows, sorted; the parts are then removed
+    index/part-NNNNNN.*   every PART_SCANS scans: index rows (.arrow) and what became of the scans (.ledger.parquet)
+    index/index.arrow   all rows, sorted; the parts are then removed
     ledger.parquet        all entries, sorted
 
 A scan counts as done when it stands in a part ledger; anything later is done again, with the same result.
@@ -24,7 +24,16 @@ from typing import Any
 from hilum.archive.ledger import Entry, count, read_ledger, write_entries
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import Listing, crashed, examine, read_entry, refuse, walk, with_volume
-from hilum.archive.store import Row, check_header, open_for_writing, read_index, write_header, write_index, write_volume
+from hilum.archive.store import (
+    Row,
+    check_header,
+    index_path,
+    merge_indexes,
+    open_for_writing,
+    write_header,
+    write_index,
+    write_volume,
+)
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import (
     EXIT_INTERRUPTED,
@@ -197,7 +206,7 @@ def _store_scan(entry: Entry, store: Path, min_slices: int) -> Done:
 def _part(store: Path, number: int) -> tuple[Path, Path]:
     """The index rows of a part, and its ledger, whose presence says that the part is whole."""
     folder = store / "index"
-    return folder / f"part-{number:06d}.parquet", folder / f"part-{number:06d}.ledger.parquet"
+    return folder / f"part-{number:06d}.arrow", folder / f"part-{number:06d}.ledger.parquet"
 
 
 def _num_parts(store: Path) -> int:
@@ -217,13 +226,12 @@ def _read_part_ledgers(store: Path) -> dict[str, Entry]:
 
 def _finish(store: Path, header: dict[str, Any], entries: dict[str, Entry]) -> None:
     """Join the parts, then say "complete", then drop them: a kill between any two steps loses nothing."""
-    rows = [row for n in range(_num_parts(store)) for row in read_index(_part(store, n)[0])]
-    write_index(store / "index" / "index.parquet", rows)
+    merge_indexes(index_path(store), [_part(store, n)[0] for n in range(_num_parts(store))])
     write_entries(store / "ledger.parquet", (entries | _read_part_ledgers(store)).values())
     write_header(store, {**header, "status": "complete"})
     _drop_parts(store)
 
 
 def _drop_parts(store: Path) -> None:
-    for path in store.glob("index/part-*.parquet"):
+    for path in store.glob("index/part-*"):
         path.unlink()

@@ -130,13 +130,14 @@ class Slices(Dataset[Batch]):
 def training_slices(store: Store, min_foreground: float) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Volume number and slice number of every slice with enough anatomy. StoreError when none has."""
     volumes, slices = [], []
-    for number, row in enumerate(store.rows):
-        keep = np.flatnonzero(np.array(row.foreground) >= min_foreground).astype(np.int32)
-        slices.append(keep)
-        volumes.append(np.full(len(keep), number, np.int32))
-    total = sum(map(len, slices))
-    if total == 0:
-        best = max((max(row.foreground) for row in store.rows), default=0.0)
+    enough = np.arange(256) / 255 >= min_foreground
+    best = 0.0
+    for volume, number, level in store.foreground():
+        keep = enough[level]
+        volumes.append(volume[keep])
+        slices.append(number[keep])
+        best = max(best, int(level.max()) / 255)
+    if not any(map(len, slices)):
         raise StoreError(
             f"no slice of {store.root} has {min_foreground:.0%} anatomy; the best of {len(store)} volumes has {best:.0%}. "
             "Lower it with --set views.min_image_foreground=..."
