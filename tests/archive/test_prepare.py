@@ -15,6 +15,7 @@ from PIL import Image
 
 from hilum.archive import prepare as module
 from hilum.archive.ledger import read_ledger
+from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.store import Store
 from hilum.errors import DiskFull, InputError, Interrupted, StoreError, UsageError
@@ -83,7 +84,7 @@ def test_a_second_run_does_nothing_and_a_changed_archive_is_noticed(archive, who
         patch.setattr(module, "examine", lambda *args: pytest.fail("looked at the archive again"))
         prepare(archive, whole, key=key, num_workers=1)
     with pytest.raises(StoreError, match="begun with other settings"):
-        prepare(archive, whole, key=key, min_slices=2)
+        prepare(archive, whole, key=key, policy=Policy(min_slices=2))
     changed = shutil.copytree(archive, tmp_path / "archive")
     (changed / "new.png").touch()
     with pytest.raises(StoreError, match=r"archive has changed .* \(131 files then, 132 now\)"):
@@ -131,7 +132,7 @@ def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers)
     assert content(tmp_path / "store") == content(whole)
 
 
-@pytest.mark.parametrize("step", ["write_index", "write_entries", "write_header", "_drop_parts"])
+@pytest.mark.parametrize("step", ["_join_index", "write_sorted", "write_header", "_drop_parts", "drop_plan"])
 def test_stopped_between_any_two_last_steps(archive, whole, tmp_path, key, monkeypatch, step):
     original = getattr(module, step)
 
@@ -169,7 +170,7 @@ def test_refusals_of_the_call(archive, tmp_path, key):
     with pytest.raises(InputError, match="lies inside the archive"):
         prepare(archive, archive / "store", key=key)
     with pytest.raises(UsageError, match="min_slices"):
-        prepare(archive, tmp_path / "store", key=key, min_slices=0)
+        prepare(archive, tmp_path / "store", key=key, policy=Policy(min_slices=0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(StoreError, match="not empty and no store"):
