@@ -1,5 +1,6 @@
 """The commands. Each function parses, calls, prints and picks the exit code; heavy libraries load when called."""
 
+import contextlib
 import json
 import sys
 import traceback
@@ -108,7 +109,7 @@ def scan(
     from hilum.archive.scan import scan_to
     from hilum.terminal import Reporter
 
-    with Reporter(quiet) as progress:
+    with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
         counts = scan_to(out, archive, pixels=pixels, num_workers=num_workers, engine=engine, progress=progress)
     _print(counts, as_json, _ledger_text(counts))
 
@@ -129,7 +130,7 @@ def prepare(
     from hilum.terminal import Reporter
 
     policy = Policy(min_slices=min_slices)
-    with Reporter(quiet) as progress:
+    with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
         counts = run(archive, out, policy=policy, num_workers=num_workers, engine=engine, progress=progress)
     _print(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
     if any(row["fault"] for row in counts["refused"].values()):

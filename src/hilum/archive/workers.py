@@ -193,7 +193,9 @@ def _connect(num_workers: int | None) -> Any:
         except ConnectionError as error:
             if os.environ.get("RAY_ADDRESS"):
                 raise UsageError(f"no Ray cluster answers at RAY_ADDRESS: {error}") from None
-            ray.init(address="local", num_cpus=num_workers, include_dashboard=False, **quiet)
+            ray.init(
+                address="local", num_cpus=num_workers, include_dashboard=False, object_store_memory=256 << 20, **quiet
+            )
     finally:
         with contextlib.suppress(ValueError):  # outside the main thread nobody may, and Ray has not
             for number, handler in ours.items():  # Ray would end us on SIGTERM before the work is put away
