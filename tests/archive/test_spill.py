@@ -118,14 +118,16 @@ def test_what_a_killed_run_left_goes_at_the_next_start(tmp_path, monkeypatch):
 FLAT = """
 import resource, sys, time
 from pathlib import Path
-from hilum.archive import dicom, spill
+from hilum import records
+from hilum.archive import dicom, ledger, spill
 from hilum.archive import spill as module
 from hilum.archive.dicom.header import Header
 from hilum.archive.ledger import count, read_entries, write_ledger
 from hilum.archive.privacy import Key
 from hilum.archive.spill import Spill, decode, encode
 
-spill.LIMIT_BYTES = 1 << 20
+# What is held at once: small, so that it is full in the smaller run already.
+spill.LIMIT_BYTES, spill._BLOCK_BYTES, records.ROW_GROUP, ledger._PORTION = 1 << 20, 1 << 10, 256, 64
 num_headers, folder, key = int(sys.argv[1]), Path(sys.argv[2]), Key(bytes(range(32)))
 
 def header(n):
