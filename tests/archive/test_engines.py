@@ -39,7 +39,7 @@ def look_or_die(names, **kwargs):
     die_once("look")
     return look(names, **kwargs)
 
-module._store_scan, scan._look_at_batch, scan.MANY_FILES = store_or_die, look_or_die, 0
+module._store_scan, scan._look_at_batch, scan.MANY_FILES = store_or_die, look_or_die, 1
 print(module.prepare(sys.argv[1], sys.argv[2], key=Key(bytes(range(32))), num_workers=2, engine="ray"))
 """
 

@@ -22,7 +22,7 @@ from hilum.archive.ledger import Entry, count, flag, write_ledger
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.spill import Spill, decode, encode, private_folder
-from hilum.archive.workers import Crashed, run
+from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import GeometryError, InputError, ScanRefused
 from hilum.terminal import Progress
 from hilum.volume import Volume
@@ -36,7 +36,7 @@ READERS: dict[str, Reader] = {
     "image": lambda entry, policy: image.read(entry.paths[0]),
 }
 
-MANY_FILES = 2000  # from here on, starting processes pays
+MANY_FILES = 2000  # starting a process pays from twice as many on, one for each so many
 BATCH = 64
 _HEAD_BYTES = 4096
 # Image formats that are known but not read, by their first bytes.
@@ -293,8 +293,10 @@ def examine(
         yield Entry(key=key.hash("item", name), reason="unreadable", detail="a closed folder", num_files=0,
                     paths=(listing.root / name,))  # fmt: skip
     done = 0
-    if listing.num_files < MANY_FILES:
-        num_workers, engine = 1, "local"
+    most = listing.num_files // MANY_FILES
+    if most <= 1:
+        engine = "local"
+    num_workers = num_workers if engine != "local" else max(1, min(num_workers or default_num_workers(), most))
     with Spill(folder / "headers") as headers:
         with closing(run(look, _batches(listing.names()), num_workers, engine)) as results:
             for batch, found in results:
