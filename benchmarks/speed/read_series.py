@@ -27,7 +27,7 @@ from hilum.archive.store import Store, volume_path
 KEY = Key(bytes(32))
 
 
-def write_series(folder: Path, num_slices: int) -> None:
+def write_series(folder: Path, num_slices: int, series: str = "1.2.3") -> None:
     """An axial CT with the attributes that a scanner writes, and a private block of the usual size."""
     rng = np.random.default_rng(0)
     y, x = np.indices((512, 512)) - 256
@@ -38,8 +38,8 @@ def write_series(folder: Path, num_slices: int) -> None:
         data.file_meta = FileMetaDataset()
         data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = CTImageStorage
-        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"1.2.3.{k + 1}"
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.PatientID, data.Modality = "1.2.3", "1.2", "P", "CT"
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = f"{series}.{k + 1}"
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.PatientID, data.Modality = series, "1.2", "P", "CT"
         data.ImageType, data.Manufacturer = ["ORIGINAL", "PRIMARY", "AXIAL"], "SIEMENS"
         data.InstanceNumber, data.SeriesNumber, data.AcquisitionNumber = k + 1, 1, 1
         data.StudyDate, data.StudyTime, data.SeriesDescription = "20200101", "120000", "CT"

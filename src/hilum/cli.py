@@ -1,5 +1,6 @@
 """The commands. Each function parses, calls, prints and picks the exit code; heavy libraries load when called."""
 
+import contextlib
 import json
 import sys
 import traceback
@@ -27,6 +28,8 @@ app.add_typer(store_app, name="store")
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; one per core by default.")]
+Engine = Annotated[str, typer.Option(help="local, or ray: a cluster whose nodes see the same files.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -100,19 +103,17 @@ def scan(
     archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Ledger (Parquet) to write.")] = None,
     pixels: Annotated[bool, typer.Option(help="Also read all pixels, as prepare will.")] = False,
+    num_workers: Workers = None,
+    engine: Engine = "local",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """What is in an archive, and what is wrong with it: one row per scan and refused file."""
-    from hilum.archive.ledger import count, write_ledger
-    from hilum.archive.scan import scan as run
+    from hilum.archive.scan import scan_to
     from hilum.terminal import Reporter
 
-    with Reporter(quiet) as progress:
-        entries = run(archive, pixels=pixels, progress=progress)
-    if out is not None:
-        write_ledger(out, entries, archive_root=archive)
-    counts = count(entries)
+    with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
+        counts = scan_to(out, archive, pixels=pixels, num_workers=num_workers, engine=engine, progress=progress)
     _print(counts, as_json, _ledger_text(counts))
 
 
@@ -121,16 +122,19 @@ def prepare(
     archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
     out: Out,
     min_slices: Annotated[int, typer.Option(help="Leave out scans with fewer; single images are always kept.")] = 5,
-    num_workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    num_workers: Workers = None,
+    engine: Engine = "local",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Archive → store. Interrupted, it goes on when the same command is run again."""
+    from hilum.archive.policy import Policy
     from hilum.archive.prepare import prepare as run
     from hilum.terminal import Reporter
 
-    with Reporter(quiet) as progress:
-        counts = run(archive, out, min_slices=min_slices, num_workers=num_workers, progress=progress)
+    policy = Policy(min_slices=min_slices)
+    with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
+        counts = run(archive, out, policy=policy, num_workers=num_workers, engine=engine, progress=progress)
     _print(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
     if any(row["fault"] for row in counts["refused"].values()):
         raise typer.Exit(EXIT_SOME_LEFT_OUT)

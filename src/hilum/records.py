@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hilum.errors import DiskFull, InputError
@@ -86,6 +87,48 @@ def write_table(path: Path, table: pa.Table, metadata: dict[str, Any] | None = N
         pq.write_table(table, temporary, compression="zstd")
 
 
+ROW_GROUP = 8192  # rows
+
+
+class TableWriter:
+    """A Parquet file written as a stream: the same rows give the same bytes, in whatever portions they come."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+        self._waiting: list[pa.Table] = []
+        self._num_rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Append rows."""
+        self._waiting.append(table)
+        self._num_rows += table.num_rows
+        if self._num_rows >= ROW_GROUP:
+            self.flush(ROW_GROUP)
+
+    def flush(self, num_rows: int) -> None:
+        """Write row groups of `num_rows` as long as there are that many."""
+        rows = pa.concat_tables(self._waiting)
+        while num_rows and rows.num_rows >= num_rows:
+            self._writer.write_table(rows.slice(0, num_rows).combine_chunks(), num_rows)
+            rows = rows.slice(num_rows)
+        self._waiting, self._num_rows = [rows], rows.num_rows
+
+    def close(self) -> None:
+        if self._waiting:
+            self.flush(self._num_rows)
+
+
+@contextlib.contextmanager
+def open_table(path: Path, schema: pa.Schema, metadata: dict[str, Any] | None = None) -> Iterator[TableWriter]:
+    """Write a Parquet table larger than memory, atomically; `metadata` as in `write_table`."""
+    if metadata is not None:
+        schema = schema.with_metadata({b"hilum": json.dumps(metadata, sort_keys=True).encode()})
+    with write_atomic(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as parquet:
+        writer = TableWriter(parquet)
+        yield writer
+        writer.close()
+
+
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet table. InputError when the file is absent or no Parquet."""
     if not path.is_file():
@@ -94,6 +137,37 @@ def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """A Parquet table piece by piece; an empty one is one empty piece. InputError as in `read_table`."""
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; expected a Parquet file")
+    try:
+        with pq.ParquetFile(path) as file:
+            yield pa.RecordBatch.from_pylist([], schema=file.schema_arrow)
+            yield from file.iter_batches(1024)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def merge_tables(paths: Iterable[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """Parquet files, each sorted by its column "key", as one sorted sequence of tables.
+
+    A file is read when its first key is due and kept until its rows are: files whose ranges hardly overlap, as parts
+    written one after another do, never meet in memory.
+    """
+    firsts = ((pq.read_table(path, columns=["key"])["key"], path) for path in paths)
+    runs = sorted((keys[0].as_py(), path) for keys, path in firsts if len(keys))
+    waiting: pa.Table | None = None
+    for number, (_, path) in enumerate(runs, 1):
+        table = pq.read_table(path, columns=columns)
+        waiting = table if waiting is None else pa.concat_tables([waiting, table]).sort_by("key")
+        due = waiting.num_rows
+        if number < len(runs):
+            due = pc.sum(pc.less(waiting["key"], runs[number][0])).as_py() or 0
+        yield waiting.slice(0, due)
+        waiting = waiting.slice(due)
 
 
 def table_metadata(table: pa.Table) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from hilum.archive import prepare as module
+from hilum.archive import spill
 from hilum.archive.ledger import read_ledger
+from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.store import Store
 from hilum.errors import DiskFull, InputError, Interrupted, StoreError, UsageError
@@ -83,7 +85,7 @@ def test_a_second_run_does_nothing_and_a_changed_archive_is_noticed(archive, who
         patch.setattr(module, "examine", lambda *args: pytest.fail("looked at the archive again"))
         prepare(archive, whole, key=key, num_workers=1)
     with pytest.raises(StoreError, match="begun with other settings"):
-        prepare(archive, whole, key=key, min_slices=2)
+        prepare(archive, whole, key=key, policy=Policy(min_slices=2))
     changed = shutil.copytree(archive, tmp_path / "archive")
     (changed / "new.png").touch()
     with pytest.raises(StoreError, match=r"archive has changed .* \(131 files then, 132 now\)"):
@@ -131,7 +133,7 @@ def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers)
     assert content(tmp_path / "store") == content(whole)
 
 
-@pytest.mark.parametrize("step", ["merge_indexes", "write_entries", "write_header", "_drop_parts"])
+@pytest.mark.parametrize("step", ["merge_indexes", "write_sorted", "write_header", "_drop_parts", "drop_plan"])
 def test_stopped_between_any_two_last_steps(archive, whole, tmp_path, key, monkeypatch, step):
     original = getattr(module, step)
 
@@ -169,7 +171,7 @@ def test_refusals_of_the_call(archive, tmp_path, key):
     with pytest.raises(InputError, match="lies inside the archive"):
         prepare(archive, archive / "store", key=key)
     with pytest.raises(UsageError, match="min_slices"):
-        prepare(archive, tmp_path / "store", key=key, min_slices=0)
+        prepare(archive, tmp_path / "store", key=key, policy=Policy(min_slices=0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(StoreError, match="not empty and no store"):
@@ -185,3 +187,74 @@ def test_interrupted_carries_its_exit_code(archive, tmp_path, key, monkeypatch):
     with pytest.raises(Interrupted, match="0 scans are done") as stopped:
         prepare(archive, tmp_path / "store", key=key)
     assert stopped.value.exit_code == 143
+
+
+def test_a_resumed_run_reads_the_plan_and_no_header_again(archive, whole, tmp_path, key, monkeypatch):
+    def full(*args, **kwargs):
+        raise DiskFull("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_volume", full)
+        with pytest.raises(DiskFull):
+            prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert {p.name for p in (tmp_path / "store" / ".work").iterdir()} == {"plan.json", "plan.jsonl.gz"}
+    moved = shutil.copytree(archive, tmp_path / "elsewhere")
+    monkeypatch.setattr(module, "examine", lambda *args, **kwargs: pytest.fail("looked at the headers again"))
+    prepare(moved, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 2000])
+def test_the_store_does_not_depend_on_what_fits_in_memory_or_in_a_part(
+    archive, whole, tmp_path, key, monkeypatch, limit_bytes
+):
+    monkeypatch.setattr(spill, "LIMIT_BYTES", limit_bytes)
+    monkeypatch.setattr(module, "FEWEST_SCANS", 7)
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_an_archive_that_changes_while_it_is_read_is_refused(archive, tmp_path, key, monkeypatch):
+    changing = shutil.copytree(archive, tmp_path / "archive")
+    original = module.examine
+
+    def examine(*args, **kwargs):
+        (changing / "late.png").touch()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "examine", examine)
+    with pytest.raises(StoreError, match=r"changed while it was read \(131 files at first, 132 then\)"):
+        prepare(changing, tmp_path / "store", key=key, num_workers=1)
+
+
+def test_two_runs_at_once_on_one_store(archive, whole, tmp_path, key):
+    process = start(archive, tmp_path / "store", 1)
+    wait_for(process, tmp_path / "store", "volumes/*/*.b2nd", 2)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(StoreError, match=rf"is being written by process {process.pid} on .*\. Wait for its end"):
+            prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_runs_that_start_together_leave_one_store_and_clear_errors(archive, whole, tmp_path):
+    runs = [start(archive, tmp_path / "store", 1) for _ in range(3)]
+    outputs = [(run.communicate()[0], run.returncode) for run in runs]
+    assert {code for _, code in outputs} <= {0, 3}
+    assert any(code == 0 for _, code in outputs), outputs
+    assert all("is being written by" in text for text, code in outputs if code)
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_a_folder_that_is_no_store_is_left_as_it_was(archive, tmp_path, key):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(StoreError, match="not empty and no store"):
+        prepare(archive, tmp_path / "other", key=key)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["file"]
+    with pytest.raises(StoreError, match="is a file"):
+        prepare(archive, tmp_path / "other" / "file", key=key)

@@ -1,10 +1,12 @@
 import hashlib
 import hmac
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from hilum.archive.privacy import Key, key_path, read_key
+from hilum.archive.privacy import Key, _make_key, key_path, read_key
 from hilum.errors import InputError
 
 SECRET = bytes(range(32))
@@ -45,6 +47,22 @@ def test_a_key_is_made_once_and_only_its_owner_reads_it(tmp_path, monkeypatch):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(first.secret) == 32
     assert read_key(tmp_path / "other") != first
+
+
+def test_processes_that_make_the_key_at_once_agree(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from hilum.archive.privacy import read_key; read_key(Path(sys.argv[1]))"
+    )
+    race = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "key")]) for _ in range(4)]
+    assert [process.wait() for process in race] == [0] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_key_made_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "key"
+    path.write_text(SECRET.hex())
+    _make_key(path)
+    assert read_key(path) == Key(SECRET)
 
 
 def test_without_a_setting_the_key_lives_in_the_users_config(tmp_path, monkeypatch):

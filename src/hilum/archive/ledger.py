@@ -6,17 +6,19 @@ companion `<stem>.paths.parquet`, which says where each row lies: keep that file
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from hilum.archive.spill import Spill, decode, encode, private_folder
 from hilum.errors import InputError
-from hilum.records import read_table, write_table
+from hilum.records import open_table, read_batches
 
 LEDGER_VERSION = 2
+_PORTION = 1024  # rows turned into a table at once
 
 
 @dataclass(frozen=True)
@@ -216,40 +218,109 @@ def vendor_family(manufacturer: str) -> str:
 
 
 def write_entries(path: Path, entries: Iterable[Entry]) -> None:
-    """Write a ledger, sorted by key, without any path: safe to hand on."""
-    rows = [{name: getattr(e, name) for name in LEDGER_SCHEMA.names} for e in sorted(entries, key=lambda e: e.key)]
-    table = pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA)
-    write_table(path, table, {"format": "hilum-ledger", "version": LEDGER_VERSION})
+    """Write a ledger, sorted by key, without any path: safe to hand on. Holds all entries: for parts of a run."""
+    write_sorted(path, sorted(entries, key=lambda e: e.key))
 
 
-def write_ledger(path: Path, entries: Sequence[Entry], *, archive_root: Path) -> None:
-    """Write a ledger and, beside it, `<stem>.paths.parquet` with the files behind each row.
+def write_sorted(path: Path, entries: Iterable[Entry], watch: Callable[[Entry], None] | None = None) -> None:
+    """Write a ledger of any length from entries that come in order of key; `watch` sees each on its way."""
+    with open_table(path, LEDGER_SCHEMA, {"format": "hilum-ledger", "version": LEDGER_VERSION}) as ledger:
+        rows: list[dict[str, Any]] = []
+        for entry in entries:
+            rows.append({name: getattr(entry, name) for name in LEDGER_SCHEMA.names})
+            if watch:
+                watch(entry)
+            if len(rows) == _PORTION:
+                ledger.add(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
+                rows = []
+        ledger.add(pa.Table.from_pylist(rows, schema=LEDGER_SCHEMA))
+
+
+def write_ledger(path: Path, entries: Iterable[Entry], *, archive_root: Path) -> dict[str, Any]:
+    """Write a ledger and, beside it, `<stem>.paths.parquet` with the files behind each row; any number of entries.
 
     path          of the ledger, which holds no path and no identifier
+    entries       in any order
     archive_root  paths are written relative to it
+    returns       what `count` says of them
 
     The companion file says which file became which row. Paths often carry names: keep it inside the hospital.
     """
-    write_entries(path, entries)
-    where = [
-        {"key": e.key, "path": p.relative_to(archive_root).as_posix().encode("utf-8", "backslashreplace").decode()}
-        for e in sorted(entries, key=lambda e: e.key)
-        for p in dict.fromkeys(e.paths)
-    ]
-    write_table(path.with_name(f"{path.stem}.paths.parquet"), pa.Table.from_pylist(where, schema=PATHS_SCHEMA))
+    tally, rows = Tally(), []
+    with private_folder() as folder, Spill(folder / "rows") as spill:
+        for entry in entries:
+            spill.add(entry.key, encode(entry))
+        with open_table(path.with_name(f"{path.stem}.paths.parquet"), PATHS_SCHEMA) as companion:
+
+            def watch(entry: Entry) -> None:
+                tally.add(entry)
+                for where in dict.fromkeys(entry.paths):
+                    text = where.relative_to(archive_root).as_posix().encode("utf-8", "backslashreplace").decode()
+                    rows.append({"key": entry.key, "path": text})
+                if len(rows) >= _PORTION:
+                    companion.add(pa.Table.from_pylist(rows, schema=PATHS_SCHEMA))
+                    rows.clear()
+
+            write_sorted(path, (decode(Entry, line) for bucket in spill.buckets() for _, line in bucket), watch)
+            companion.add(pa.Table.from_pylist(rows, schema=PATHS_SCHEMA))
+    return tally.counts()
 
 
 def read_ledger(path: Path) -> list[Entry]:
     """The rows of a ledger; without paths. InputError when it is no ledger of this version."""
-    table = read_table(path)
-    if not set(LEDGER_SCHEMA.names) <= set(table.column_names):
-        raise InputError(f"{path} is no ledger of this version; make one with: hilum scan ARCHIVE -o {path}")
-    rows: list[dict[str, Any]] = table.select(LEDGER_SCHEMA.names).to_pylist()
-    for row in rows:
+    return list(read_entries(path))
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """The rows of a ledger one at a time, however many there are; else as `read_ledger`."""
+    for table in read_batches(path):
+        if not set(LEDGER_SCHEMA.names) <= set(table.schema.names):
+            raise InputError(f"{path} is no ledger of this version; make one with: hilum scan ARCHIVE -o {path}")
+        yield from entries_of(table)
+
+
+def entries_of(table: pa.Table | pa.RecordBatch) -> Iterator[Entry]:
+    """Rows of LEDGER_SCHEMA as entries."""
+    for row in table.select(LEDGER_SCHEMA.names).to_pylist():
         del row["verdict"]
         row["repairs"], row["flags"] = tuple(row["repairs"]), tuple(row["flags"])
         row["spacing_mm"] = row["spacing_mm"] and tuple(row["spacing_mm"])
-    return [Entry(**row) for row in rows]
+        yield Entry(**row)
+
+
+class Tally:
+    """The totals of a ledger, entry by entry."""
+
+    def __init__(self) -> None:
+        self._files: Counter[str] = Counter()  # by reason, "" for used
+        self._rows: Counter[str] = Counter()
+        self._modalities: Counter[str] = Counter()
+        self._patients: set[str] = set()
+        self._num_slices = 0
+
+    def add(self, entry: Entry) -> None:
+        self._files[entry.reason] += entry.num_files
+        self._rows[entry.reason] += 1
+        if entry.used:
+            self._modalities[entry.modality] += 1
+            self._num_slices += entry.num_slices
+            if entry.patient:
+                self._patients.add(entry.patient)
+
+    def counts(self) -> dict[str, Any]:
+        refused = [item for item in self._files.items() if item[0]]
+        return {
+            "num_files": self._files.total(),
+            "num_files_used": self._files[""],
+            "num_used": self._rows[""],
+            "num_slices": self._num_slices,
+            "num_patients": len(self._patients),
+            "modalities": dict(sorted(self._modalities.items())),
+            "refused": {
+                reason: {"rows": self._rows[reason], "files": num, "fault": REASONS[reason].fault}
+                for reason, num in sorted(refused, key=lambda item: (-item[1], item[0]))
+            },
+        }
 
 
 def count(entries: Iterable[Entry]) -> dict[str, Any]:
@@ -258,22 +329,7 @@ def count(entries: Iterable[Entry]) -> dict[str, Any]:
     returns  num_files, num_used (scans), num_slices and num_patients among the used, modalities (scans each),
              refused: reason → {"rows", "files", "fault"}, most files first
     """
-    entries = list(entries)
-    used = [e for e in entries if e.used]
-    rows = Counter(e.reason for e in entries if not e.used)
-    files: Counter[str] = Counter()
-    for e in entries:
-        if not e.used:
-            files[e.reason] += e.num_files
-    return {
-        "num_files": sum(e.num_files for e in entries),
-        "num_files_used": sum(e.num_files for e in used),
-        "num_used": len(used),
-        "num_slices": sum(e.num_slices for e in used),
-        "num_patients": len({e.patient for e in used if e.patient}),
-        "modalities": dict(sorted(Counter(e.modality for e in used).items())),
-        "refused": {
-            reason: {"rows": rows[reason], "files": num, "fault": REASONS[reason].fault}
-            for reason, num in sorted(files.items(), key=lambda item: (-item[1], item[0]))
-        },
-    }
+    tally = Tally()
+    for entry in entries:
+        tally.add(entry)
+    return tally.counts()

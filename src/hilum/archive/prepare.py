@@ -1,19 +1,21 @@
 """Archive → store, resumable: whatever kills it, the same command goes on and ends in the same bytes.
 
     store.json            written first with status "writing", last with status "complete"
+    .work/                while it is being written: a lock, and the plan (what is to be stored, with paths)
     volumes/xx/<key>.b2nd each written atomically
-    index/part-NNNNNN.*   every PART_SCANS scans: index rows (.arrow) and what became of the scans (.ledger.parquet)
-    index/index.arrow   all rows, sorted; the parts are then removed
+    index/part-NNNNNN.*   index rows (.arrow) and what became of the scans (.ledger.parquet)
+    index/index.arrow     all rows, sorted; the parts are then removed
     ledger.parquet        all entries, sorted
 
-A scan counts as done when it stands in a part ledger; anything later is done again, with the same result.
+A scan counts as done when it stands in a part ledger; anything later is done again, with the same result. Nothing here
+holds the archive in memory: headers, plan, parts and ledger are read and written as streams.
 """
 
 import contextlib
-import hashlib
+import heapq
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +23,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hilum.archive.ledger import Entry, count, read_ledger, write_entries
+import pyarrow.parquet as pq
+
+from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_entries, write_sorted
+from hilum.archive.locks import hold
+from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
+from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import Listing, crashed, examine, read_entry, refuse, walk, with_volume
 from hilum.archive.store import (
@@ -34,7 +41,7 @@ from hilum.archive.store import (
     write_index,
     write_volume,
 )
-from hilum.archive.workers import Crashed, default_num_workers, run
+from hilum.archive.workers import Crashed, run
 from hilum.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -43,11 +50,16 @@ from hilum.errors import (
     Interrupted,
     ScanRefused,
     StoreError,
-    UsageError,
 )
+from hilum.records import merge_tables
+from hilum.settings import to_dict
 from hilum.terminal import Progress
 
-PART_SCANS = 64
+WORK = ".work"  # in the store, until it is complete
+
+# Scans a part: few at first, then a share of what is done, so that a million scans do not make ten thousand parts and a
+# crash never costs more than one hundredth of the work behind it.
+FEWEST_SCANS, MOST_SCANS, PART_SHARE = 64, 1024, 1 / 128
 
 
 @dataclass(frozen=True)
@@ -63,58 +75,50 @@ def prepare(
     store: str | Path,
     *,
     key: Key | None = None,
+    policy: Policy = AS_IS,
     num_workers: int | None = None,
-    min_slices: int = 5,
+    engine: str = "local",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Read every usable scan of an archive into a store.
 
     store        a new folder, or one that an interrupted run of the same command left
     key          hashes identifiers; None: the user's own (`hilum.archive.privacy.read_key`)
+    policy       what is left out and what may be done to a scan; images without geometry (PNG, JPEG) always count as one
     num_workers  processes; None: one per core. The result does not depend on it
-    min_slices   scans with fewer slices are left out, ≥ 1; images without geometry (PNG, JPEG) always count as one
+    engine       "local", or "ray": the same work on a cluster whose nodes all see archive and store
     returns      the counts of `hilum.archive.ledger.count`, and "num_volumes"
 
-    Raises Interrupted after Ctrl-C or SIGTERM, once everything finished so far is on disk.
+    Raises Interrupted after Ctrl-C or SIGTERM, once everything finished so far is on disk; StoreError when another run
+    is writing the same store.
     """
     archive, store, key = Path(archive), Path(store), key or read_key()
-    if min_slices < 1:
-        raise UsageError(f"min_slices must be at least 1; found {min_slices}")
     if store.resolve().is_relative_to(archive.resolve()):
         raise InputError(f"the store {store} lies inside the archive {archive}; choose a folder outside it")
-    listing = walk(archive)
+    listing = walk(archive, progress)
     header = {
         "key": key.fingerprint,
-        "min_slices": min_slices,
-        "archive": fingerprint(listing, key),
-        "num_files": len(listing.files),
+        "policy": to_dict(policy),
+        "archive": key.hash("item", listing.digest),
+        "num_files": listing.num_files,
     }
-    if not _is_complete(store, header):
-        for leftover in store.glob(".store.json.*.tmp"):  # of a run killed in its first moment
-            leftover.unlink()
-        open_for_writing(store, header)
-        for leftover in (*store.glob(".*.tmp"), *store.glob("index/.*.tmp"), *store.glob("volumes/*/.*.tmp")):
-            leftover.unlink()
-        with _stop_on_signals():
-            try:
-                _fill(listing, store, header, key, num_workers or default_num_workers(), progress)
-            except _Stop as stop:
-                raise Interrupted(
-                    f"stopped; {len(_read_part_ledgers(store))} scans are done in {store}. "
-                    "Run the same command again to go on from here",
-                    EXIT_TERMINATED if stop.signum == signal.SIGTERM else EXIT_INTERRUPTED,
-                ) from None
-    _drop_parts(store)  # of a run killed in its last moment
-    entries = read_ledger(store / "ledger.parquet")
-    return {**count(entries), "num_volumes": sum(e.used for e in entries)}
-
-
-def fingerprint(listing: Listing, key: Key) -> str:
-    """A keyed hash of all relative paths and file sizes: tells whether an archive has changed."""
-    digest = hashlib.sha256()
-    for name, size in listing.files:
-        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return key.hash("item", digest.hexdigest())
+    if store.exists() and not store.is_dir():
+        raise StoreError(f"{store} is a file; choose a new folder")
+    work = store / WORK
+    if not _is_complete(store, header) or work.exists():
+        with hold(work / "lock", f"the store {store}"):
+            if not _is_complete(store, header):
+                _open(store, header)
+                with _stop_on_signals(store):
+                    plan = read_plan(work, archive) or _make_plan(
+                        store, listing, key, policy, num_workers, engine, progress
+                    )
+                    _fill(plan, store, policy, num_workers, engine, progress)
+                    _finish(plan, store, header)
+            _drop_parts(store)
+            drop_plan(work)
+    counts = count(read_entries(store / "ledger.parquet"))
+    return {**counts, "num_volumes": counts["num_used"]}
 
 
 def _is_complete(store: Path, header: dict[str, Any]) -> bool:
@@ -140,8 +144,8 @@ class _Stop(BaseException):
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise _Stop; in the main thread only, where Python allows handlers."""
+def _stop_on_signals(store: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise _Stop, which becomes Interrupted; in the main thread only, where Python allows handlers."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise _Stop(signum)
@@ -152,37 +156,91 @@ def _stop_on_signals() -> Iterator[None]:
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Stop as stopped:
+        raise Interrupted(
+            f"stopped; {_num_done(store)} scans are done in {store}. Run the same command again to go on from here",
+            EXIT_TERMINATED if stopped.signum == signal.SIGTERM else EXIT_INTERRUPTED,
+        ) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
+def _open(store: Path, header: dict[str, Any]) -> None:
+    """Begin or continue a store that is locked, and clear away what killed writers left."""
+    for leftover in store.glob(".store.json.*.tmp"):  # of a run killed in its first moment
+        leftover.unlink()
+    open_for_writing(store, header)
+    for pattern in (".*.tmp", "index/.*.tmp", "volumes/*/.*.tmp", f"{WORK}/.*.tmp"):
+        for leftover in store.glob(pattern):
+            leftover.unlink()
+
+
+def _make_plan(
+    store: Path,
+    listing: Listing,
+    key: Key,
+    policy: Policy,
+    num_workers: int | None,
+    engine: str,
+    progress: Progress | None,
+) -> Plan:
+    """Look at all headers once. StoreError when files came or went meanwhile."""
+
+    def entries(folder: Path) -> Iterator[Entry]:
+        found = examine(
+            listing, key, False, folder=folder, policy=policy, num_workers=num_workers, engine=engine, progress=progress
+        )
+        return (_set_aside_short(entry, policy.min_slices) for entry in found)
+
+    plan = make_plan(store / WORK, listing.root, entries)
+    if plan.num_files != listing.num_files:
+        raise StoreError(
+            f"the archive has changed while it was read ({listing.num_files} files at first, {plan.num_files} then). "
+            "Prepare it into a new folder once nothing writes to it"
+        )
+    return plan
+
+
 def _fill(
-    listing: Listing, store: Path, header: dict[str, Any], key: Key, num_workers: int, progress: Progress | None
+    plan: Plan, store: Path, policy: Policy, num_workers: int | None, engine: str, progress: Progress | None
 ) -> None:
-    """Everything between an opened store and a complete one."""
-    min_slices = header["min_slices"]
-    entries = {e.key: _set_aside_short(e, min_slices) for e in examine(listing, key, False, progress=progress)}
-    done = _read_part_ledgers(store)
-    todo = [e for e in entries.values() if e.used and e.key not in done]
+    """Read and store every scan of the plan that no part holds yet."""
     part: list[Done] = []
-    part_number = _num_parts(store)
-    work = partial(_store_scan, store=store, min_slices=min_slices)
+    part_number, num_done = _num_parts(store), _num_done(store)
+    if plan.num_used - num_done <= 1:
+        num_workers, engine = 1, "local"
+    todo = _without((e for e in plan.entries() if e.used), _keys([_part(store, n)[1] for n in range(part_number)]))
+    work = partial(_store_scan, store=store, policy=policy)
     try:
-        with closing(run(work, todo, min(num_workers, len(todo)))) as results:
-            for finished, (entry, result) in enumerate(results, len(done) + 1):
+        with closing(run(work, todo, num_workers, engine)) as results:
+            for entry, result in results:
+                num_done += 1
                 part.append(Done(crashed(entry), None) if isinstance(result, Crashed) else result)
-                if len(part) == PART_SCANS:
+                if len(part) >= min(max(FEWEST_SCANS, int(num_done * PART_SHARE)), MOST_SCANS):
                     _write_part(store, part_number, part)
                     part_number, part = part_number + 1, []
                 if progress:
-                    progress(finished, len(done) + len(todo), "storing scans")
+                    progress(num_done, plan.num_used, "storing scans")
     except (_Stop, DiskFull):
         with contextlib.suppress(DiskFull):
             _write_part(store, part_number, part)
         raise
     _write_part(store, part_number, part)
-    _finish(store, header, entries)
+
+
+def _without(entries: Iterable[Entry], keys: Iterator[str]) -> Iterator[Entry]:
+    """Entries whose key is not among `keys`; both come in order."""
+    key = next(keys, "")
+    for entry in entries:
+        while key and key < entry.key:
+            key = next(keys, "")
+        if entry.key != key:
+            yield entry
+
+
+def _keys(ledgers: Sequence[Path]) -> Iterator[str]:
+    return (key.as_py() for table in merge_tables(ledgers, ["key"]) for key in table["key"])
 
 
 def _set_aside_short(entry: Entry, min_slices: int) -> Entry:
@@ -191,14 +249,14 @@ def _set_aside_short(entry: Entry, min_slices: int) -> Entry:
     return entry
 
 
-def _store_scan(entry: Entry, store: Path, min_slices: int) -> Done:
+def _store_scan(entry: Entry, store: Path, policy: Policy) -> Done:
     """Read one scan and write it into the store. Runs in a worker."""
     try:
-        vol, notes = read_entry(entry)
+        vol, notes = read_entry(entry, policy)
     except ScanRefused as refused:
         return Done(refuse(entry, refused.reason, refused.detail), None)
-    if entry.reader == "nifti" and vol.shape[0] < min_slices:
-        return Done(refuse(entry, "too_few_slices", f"{vol.shape[0]} of {min_slices}"), None)
+    if entry.reader == "nifti" and vol.shape[0] < policy.min_slices:
+        return Done(refuse(entry, "too_few_slices", f"{vol.shape[0]} of {policy.min_slices}"), None)
     row = write_volume(store, entry.key, vol, patient=entry.patient, study=entry.study)
     return Done(with_volume(entry, vol, notes), row)
 
@@ -220,16 +278,18 @@ def _write_part(store: Path, number: int, done: Sequence[Done]) -> None:
         write_entries(ledger, [d.entry for d in done])
 
 
-def _read_part_ledgers(store: Path) -> dict[str, Entry]:
-    return {e.key: e for n in range(_num_parts(store)) for e in read_ledger(_part(store, n)[1])}
+def _num_done(store: Path) -> int:
+    return sum(int(pq.read_metadata(_part(store, n)[1]).num_rows) for n in range(_num_parts(store)))
 
 
-def _finish(store: Path, header: dict[str, Any], entries: dict[str, Entry]) -> None:
-    """Join the parts, then say "complete", then drop them: a kill between any two steps loses nothing."""
-    merge_indexes(index_path(store), [_part(store, n)[0] for n in range(_num_parts(store))])
-    write_entries(store / "ledger.parquet", (entries | _read_part_ledgers(store)).values())
+def _finish(plan: Plan, store: Path, header: dict[str, Any]) -> None:
+    """Join the parts, then say "complete"; the parts go last: a kill between any two steps loses nothing."""
+    parts = [_part(store, n) for n in range(_num_parts(store))]
+    merge_indexes(index_path(store), [index for index, _ in parts])
+    done = (entry for table in merge_tables([ledger for _, ledger in parts]) for entry in entries_of(table))
+    aside = (entry for entry in plan.entries() if not entry.used)
+    write_sorted(store / "ledger.parquet", heapq.merge(aside, done, key=lambda e: e.key))
     write_header(store, {**header, "status": "complete"})
-    _drop_parts(store)
 
 
 def _drop_parts(store: Path) -> None:

@@ -6,16 +6,17 @@ be undone by trying all numbers). The key is a small file that its owner keeps; 
 identifiers with the same key, on the fly.
 """
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hilum.errors import InputError
-from hilum.records import write_atomic
 
 Kind = Literal["patient", "study", "series", "item"]
 
@@ -48,14 +49,23 @@ def key_path() -> Path:
     return Path(given) if given else Path.home() / ".config" / "hilum" / "key"
 
 
+def _make_key(path: Path) -> None:
+    """Of several processes that make the key at once, one does; a link never replaces a file and appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as made:  # mode 0600
+        made.write(secrets.token_hex(32) + "\n")
+        made.flush()
+        os.fsync(made.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(made.name, path)
+
+
 def read_key(path: Path | None = None) -> Key:
     """The user's key; made at random, readable by its owner only, when there is none yet."""
     path = path or key_path()
     try:
         if not path.exists():
-            with write_atomic(path) as temporary:
-                temporary.touch(mode=0o600)
-                temporary.write_text(secrets.token_hex(32) + "\n")
+            _make_key(path)
         secret = bytes.fromhex(path.read_text().strip())
     except (OSError, ValueError) as error:
         raise InputError(

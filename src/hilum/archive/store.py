@@ -471,7 +471,9 @@ def orphans(store: Store) -> Iterator[Path]:
 
 def open_for_writing(root: Path, header: dict[str, Any]) -> None:
     """Begin or continue a store. StoreError when the folder holds something else or a store made otherwise."""
-    if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / "store.json").exists())):
+    if root.exists() and (
+        not root.is_dir() or (any(p.name != ".work" for p in root.iterdir()) and not (root / "store.json").exists())
+    ):
         raise StoreError(f"{root} is not empty and no store; choose a new folder")
     if (root / "store.json").exists():
         found = check_header(root)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hilum.archive.ledger import LEDGER_SCHEMA
+from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.store import (
@@ -27,6 +28,7 @@ from hilum.archive.store import (
 )
 from hilum.errors import StoreError, UsageError
 from hilum.records import explain_full_disk, read_table, table_metadata, write_atomic, write_table
+from hilum.settings import from_dict
 from hilum.terminal import Progress
 
 _SAME = ("pixel_hash", "patient", "modality", "unit", "shape", "affine", "slope", "intercept")
@@ -82,7 +84,12 @@ def append(
         )
     new = opened.root / f".append-{key.hash('item', str(Path(archive).resolve()))[:8]}"
     prepared = prepare(
-        archive, new, key=key, num_workers=num_workers, min_slices=opened.header.get("min_slices", 5), progress=progress
+        archive,
+        new,
+        key=key,
+        policy=from_dict(Policy, opened.header["policy"]),
+        num_workers=num_workers,
+        progress=progress,
     )
     added = Store(new)
     num_same = _check_mergeable([opened, added])
