@@ -82,6 +82,9 @@ FLAGS: dict[str, str] = {
     "modality_guessed": "CT or MR guessed from the values; the file does not say.",
     "spacing_tag": "SpacingBetweenSlices disagrees with the positions, which count.",
     "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
+    "burned_in": "Pixels look like rendered text (score 0 to 1): names may be burned into the image.",
+    "residual_identifiers": "The header still carries what looks like identifiers (score 0 to 1, attributes).",
+    "face": "A head whose face could be rendered (score 0 to 1).",
 }
 
 VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")
