@@ -39,7 +39,7 @@ def make_head(seed: int, spacing_mm: float = 2.0) -> tuple[Volume, Volume, Volum
     at: Grid = tuple(
         (line / g).astype(np.float32).reshape([-1 if axis == 2 - n else 1 for axis in range(3)])
         for n, (line, g) in enumerate(zip(lines, grow))
-    )  # type: ignore[assignment]
+    )
     tissue, parts = _paint(at, nose, jaw)
     brain = tissue == _NUMBER["brain"]
     affine = np.eye(4)
