@@ -28,9 +28,10 @@ DEPTH_MM = 30.0  # thickness of what is removed, behind the skin
 MAX_FIELD_MM = 2500.0  # a larger field is no scan of a patient
 _SEMI_MM = np.array([77.0, 98.0, 92.0])  # skin of an adult cranium: to the left, posterior, superior
 _NOSE_DEG = 24.0  # noses lie this far below the horizontal through the centre of the cranium
+_NOSE_MM = 8.0  # that a nose stands out at least
 _CONE_DEG = 41.0  # around the nose: eyes reach 33°, the brow 30°, the chin 24°
 _REACH_MM = 185.0  # from the centre of the cranium to below the chin
-_KEEP = 0.91  # of the ellipsoid is never touched; scalp and skull are 12 mm thick: 0.86 of it are brain
+_KEEP = 0.90  # of the ellipsoid is never touched; scalp and skull are 12 mm thick: 0.86 of it are brain
 _AZIMUTHS_DEG, _ELEVATIONS_DEG = np.arange(-60.0, 61, 2), np.arange(-80.0, 31, 2)
 
 Bools = NDArray[np.bool_]
@@ -137,7 +138,7 @@ def _score(cranium: _Cranium, face: _Face) -> float:
     if size.min() < 0.6 or size.max() > 1.3 or size.max() > 1.4 * size.min():
         return 0.0
     fit = np.clip((5.0 - cranium.misfit_mm) / 2.0, 0, 1)
-    nose = np.clip((face.nose_mm - 8) / 6, 0, 1) * np.clip((face.tip - 1.03) / 0.08, 0, 1)
+    nose = np.clip((face.nose_mm - _NOSE_MM) / 6, 0, 1) * np.clip((face.tip - 1.03) / 0.08, 0, 1)
     below = np.clip((face.filled - 0.85) / 0.08, 0, 1)
     seen = np.clip((face.seen - 0.1) / 0.3, 0, 1) * np.clip((face.height_mm - 30) / 30, 0, 1)
     return float(fit * nose * below * seen)
@@ -149,8 +150,17 @@ def _find(vol: Volume) -> tuple[_Coarse, _Cranium, _Face] | None:
     coarse = _coarsen(vol)
     if coarse is None:
         return None
-    cranium = _fit_cranium(coarse)
-    return None if cranium is None else (coarse, cranium, _look_for_face(coarse, cranium))
+    cranium = _fit_cranium(coarse, 0.0)
+    if cranium is None:
+        return None
+    face = _look_for_face(coarse, cranium)
+    # A cranium is so round that its skin hardly shows how far the head nods; the nose does.
+    nod = np.radians(-_NOSE_DEG) - np.arcsin(np.clip(face.axis[2], -1, 1))
+    if face.nose_mm > _NOSE_MM and abs(nod) > np.radians(8):
+        nodding = _fit_cranium(coarse, nod)
+        if nodding is not None and nodding.misfit_mm < cranium.misfit_mm + 0.5:
+            cranium, face = nodding, _look_for_face(coarse, nodding)
+    return coarse, cranium, face
 
 
 def _shrink(vol: Volume) -> Volume:
@@ -187,22 +197,42 @@ def _coarsen(vol: Volume) -> _Coarse | None:
         at = first + sum(m * line for m, line in zip(row, lines))
         seen &= (at > -0.5) & (at < n - 0.5)
     threshold = CT_AIR_HU / 2 if vol.unit == "HU" else foreground_threshold(small.voxels.ravel())
-    tissue = (values > threshold) & seen
-    pieces, num = ndimage.label(ndimage.binary_opening(tissue, iterations=2))
-    if not num:
+    head = _largest_piece((values > threshold) & seen, skull_is_dark=vol.unit != "HU")
+    if head is None:
         return None
-    largest = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
-    head = ndimage.binary_dilation(largest, iterations=7, mask=tissue)  # noses and ears come back
-    if head.sum() * CELL_MM**3 < 5e5:  # half a litre
-        return None
-    for plane in head:  # airways and, in MR, the skull
-        ndimage.binary_fill_holes(ndimage.binary_closing(plane), output=plane)
     around = seen & ~head
     return _Coarse(head, seen, low, float(values[around].mean()) if around.any() else float(values.min()))
 
 
-def _fit_cranium(coarse: _Coarse) -> _Cranium | None:
-    """The ellipsoid that fits the skin best, from several guesses of how much of the head's top was not imaged."""
+def _largest_piece(tissue: Bools, *, skull_is_dark: bool) -> Bools | None:
+    """The head without thin things that touch it, cavities filled; None when there is nothing of a head's size.
+
+    skull_is_dark  in MR the skull parts skin from brain: cavities are filled before anything thin is dropped
+    """
+    if skull_is_dark:
+        tissue = _fill(tissue)
+    pieces, num = ndimage.label(ndimage.binary_opening(tissue, iterations=2))
+    if not num:
+        return None
+    largest = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
+    head = _fill(ndimage.binary_dilation(largest, iterations=7, mask=tissue))  # noses and ears come back
+    return head if head.sum() * CELL_MM**3 > 5e5 else None  # half a litre
+
+
+def _fill(mask: Bools) -> Bools:
+    """Fill what is enclosed in an axial plane: airways and, in MR, the skull."""
+    out = mask.copy()
+    for plane in out:
+        plane |= ndimage.binary_fill_holes(ndimage.binary_closing(plane))
+    return out
+
+
+def _fit_cranium(coarse: _Coarse, nod: float) -> _Cranium | None:
+    """The ellipsoid that fits the skin best, from several guesses of how much of the head's top was not imaged.
+
+    nod  how far the chin is expected to be down, in radians
+    """
+    turn = Rotation.from_rotvec([nod, 0, 0]).as_matrix()
     skin = coarse.head & ndimage.binary_dilation(coarse.seen & ~coarse.head)
     points = np.argwhere(skin)[:, ::-1] * CELL_MM + coarse.origin
     if not len(points):
@@ -212,20 +242,20 @@ def _fit_cranium(coarse: _Coarse) -> _Cranium | None:
     middle = (upper.min(0) + upper.max(0)) / 2
     best: _Cranium | None = None
     for below_top in (92, 60, 25):
-        guess = _Cranium(np.array([middle[0], middle[1], top - below_top]), np.eye(3), _SEMI_MM, np.inf)
+        guess = _Cranium(np.array([middle[0], middle[1], top - below_top]), turn, _SEMI_MM, np.inf)
         for _ in range(3):
             offset = points - guess.center
             front = -offset[:, 1] * 0.8 - offset[:, 2] * 0.6 > 0.6 * np.linalg.norm(offset, axis=1)
             used = points[(offset[:, 2] > -35) & ~front & (guess.radius(points) < 1.4)]
             if len(used) < 300:
                 break
-            guess = _fit_ellipsoid(used, guess)
+            guess = _fit_ellipsoid(used, guess, nod)
         if guess.misfit_mm < (best.misfit_mm if best else np.inf):
             best = guess
     return best
 
 
-def _fit_ellipsoid(points: FloatArray, start: _Cranium) -> _Cranium:
+def _fit_ellipsoid(points: FloatArray, start: _Cranium, nod: float) -> _Cranium:
     """Least squares with priors: heads differ by 12 % in size, 6 % in proportions, and are turned by some 12°."""
 
     def unpack(p: FloatArray) -> _Cranium:
@@ -243,7 +273,7 @@ def _fit_ellipsoid(points: FloatArray, start: _Cranium) -> _Cranium:
 
     def residuals(p: FloatArray) -> FloatArray:
         size = p[3:6].mean()
-        prior = np.concatenate([[size / 0.12], (p[3:6] - size) / 0.06, p[6:] / np.radians(12)])
+        prior = np.concatenate([[size / 0.12], (p[3:6] - size) / 0.06, (p[6:] - [nod, 0, 0]) / np.radians(12)])
         return np.concatenate([distance(unpack(p)) / CELL_MM, weight * prior])
 
     first = np.concatenate([start.center, np.log(start.semi / _SEMI_MM), Rotation.from_matrix(start.axes).as_rotvec()])

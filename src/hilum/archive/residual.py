@@ -161,7 +161,7 @@ def _values(data: Dataset, inside: str, depth: int = 0) -> Iterator[_Value]:
 
 def _text(element: DataElement) -> str:
     value = element.value
-    if value is None or element.tag.group in range(0x6000, 0x6100, 2) and element.tag.element == 0x3000:
+    if value is None or (element.tag.group in range(0x6000, 0x6100, 2) and element.tag.element == 0x3000):
         return ""
     if isinstance(value, bytes):
         return _readable(value) if element.VR in _BYTES_VRS else value.decode("latin-1")
