@@ -249,7 +249,7 @@ def _fit_cranium(coarse: _Coarse, nod: float) -> _Cranium | None:
             used = points[(offset[:, 2] > -35) & ~front & (guess.radius(points) < 1.4)]
             if len(used) < 300:
                 break
-            guess = _fit_ellipsoid(used, guess, nod)
+            guess = _fit_ellipsoid(used[:: len(used) // 600 + 1], guess, nod)
         if guess.misfit_mm < (best.misfit_mm if best else np.inf):
             best = guess
     return best
