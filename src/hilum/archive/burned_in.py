@@ -1,8 +1,8 @@
 """Text burned into pixels: names and dates that no header shows.
 
 Rendered text is unlike anatomy: small pieces of one brightness and similar height with sharp edges, side by side on one
-line. No characters are read, so no language matters. Text that is faint, rotated, handwritten or larger than 40 pixels
-is not found: a score, not a promise.
+line. No characters are read, so no language matters. Text that is faint, rotated, handwritten, larger than 40 pixels, or
+written over noise or over anatomy as bright as itself is not found: a score, not a promise.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from hilum.volume import Volume
 MIN_HEIGHT, MAX_HEIGHT = 5, 40  # of a glyph, in pixels
 NUM_SLICES = 5
 _STROKE = 14  # a horizontal stroke is no longer than this, in pixels
-_CONTRAST = 0.35  # of the image's range, that a glyph stands out on both sides
+_CONTRAST = 0.28  # of the image's range, that a glyph stands out on both sides
 _SAME_PEAK = 0.15  # of their height above the background, by which the brightest pixels of neighbours may differ
 _MAX_GLYPHS = 600
 

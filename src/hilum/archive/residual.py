@@ -14,7 +14,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import BaseTag
 
-from hilum.archive.dicom.header import BROKEN, quiet
+from hilum.archive.dicom.header import BROKEN, looks_like_dicom, quiet
 from hilum.errors import ScanRefused
 
 # What each kind of finding adds: score = 1 - Π(1 - weight) over the kinds found, however often each. A patient's name or
@@ -33,6 +33,7 @@ WEIGHTS = {
 }
 _MAX_ELEMENTS = 50_000
 _MAX_DEPTH = 16
+_HEAD_BYTES = 512
 _MAX_BYTES = 1 << 20  # of one value; what is longer holds pixels, waveforms or curves
 
 # PS3.15 table E.1-1 (Basic Application Level Confidentiality Profile): attributes that hold identifiers as plain text.
@@ -74,6 +75,7 @@ _KEYWORDS = {
 _KIND_OF = {keyword: kind for kind, keywords in _KEYWORDS.items() for keyword in keywords}
 _TEXT_VRS = {"AE", "AS", "CS", "DA", "DT", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI", "UR", "UT"}
 _BYTES_VRS = {"UN", "OB", "OW", "OB or OW"}
+_FREE_VRS = {"LT", "ST", "UT", "UC", "UN", "OB"}  # may hold anything, also in standard attributes
 
 _BLANK = re.compile(
     r"[\W_]*|(.)\1*|.*(anon|remov|unknown|de-?ident|redact|withheld|blank|dummy).*|n/?a|none|nil|null|no[\W_]?name|"
@@ -113,9 +115,12 @@ def residual_identifiers(path: Path) -> tuple[float, tuple[str, ...]]:
     obvious placeholder values do not count. UIDs count only when they contain the patient's number, since a new UID and
     an old one look alike. Values over 1 MB, pixels and whatever follows them are not read.
 
-    Raises ScanRefused when the file cannot be parsed.
+    Raises ScanRefused when the file is no DICOM or cannot be parsed.
     """
     try:
+        with open(path, "rb") as handle:
+            if not looks_like_dicom(handle.read(_HEAD_BYTES)):
+                raise ScanRefused("not_an_image")
         with quiet():
             data = dcmread(path, stop_before_pixels=True, force=True, defer_size=_MAX_BYTES)
             values = list(_values(data, ""))
@@ -124,6 +129,8 @@ def residual_identifiers(path: Path) -> tuple[float, tuple[str, ...]]:
         raise ScanRefused("unreadable", type(error).__name__) from None
     except BROKEN as error:
         raise ScanRefused("corrupt", f"DICOM header ({type(error).__name__})") from None
+    if not len(data):
+        raise ScanRefused("corrupt", "no element of a DICOM header can be read")
     if data.preamble:
         values.append(_Value("preamble", None, "", "OB", _readable(data.preamble)))
     own = _own_words(values)
@@ -205,7 +212,7 @@ def _kinds(value: _Value, own: re.Pattern[str] | None) -> Iterator[str]:
         yield "birth" if of_patient else "date"
     elif value.keyword in _KIND_OF:
         yield _KIND_OF[value.keyword]
-    if value.is_private or value.tag is None or value.vr in ("LT", "ST", "UT", "UC") or value.keyword in _KIND_OF:
+    if value.is_private or value.vr in _FREE_VRS or value.keyword in _KIND_OF:
         for kind, pattern in (("contact", _EMAIL), ("contact", _PHONE), ("date", _DATE), ("number", _NUMBER)):
             if pattern.search(text):
                 yield kind
