@@ -137,10 +137,10 @@ def _score(cranium: _Cranium, face: _Face) -> float:
     size = cranium.semi / _SEMI_MM
     if size.min() < 0.6 or size.max() > 1.3 or size.max() > 1.4 * size.min():
         return 0.0
-    fit = np.clip((5.0 - cranium.misfit_mm) / 2.0, 0, 1)
+    fit = np.clip((6.0 - cranium.misfit_mm) / 2.0, 0, 1)
     nose = np.clip((face.nose_mm - _NOSE_MM) / 6, 0, 1) * np.clip((face.tip - 1.03) / 0.08, 0, 1)
-    below = np.clip((face.filled - 0.85) / 0.08, 0, 1)
-    seen = np.clip((face.seen - 0.1) / 0.3, 0, 1) * np.clip((face.height_mm - 30) / 30, 0, 1)
+    below = np.clip((face.filled - 0.84) / 0.08, 0, 1)
+    seen = np.clip((face.seen - 0.1) / 0.3, 0, 1) * np.clip((face.height_mm - 25) / 25, 0, 1)
     return float(fit * nose * below * seen)
 
 
