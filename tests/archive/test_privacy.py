@@ -93,3 +93,30 @@ def test_a_key_that_cannot_be_made_is_an_error_of_ours(tmp_path):
         read_key(tmp_path / "file" / "key")
     with pytest.raises(InputError, match="cannot be read or made"):
         read_key(tmp_path)
+
+
+def test_days_between_two_studies_of_a_patient_are_exact():
+    key = Key(SECRET)
+    first, leap, later = (key.study_day("P1", d) for d in ("20240228", "20240301", "20250228"))
+    assert leap - first == 2  # 2024 has a 29 February
+    assert later - first == 366
+    assert key.study_day("P1", "2024.02.28") == first  # ACR-NEMA form
+
+
+def test_a_study_day_does_not_show_the_date():
+    """Each patient has an origin of their own: one calendar day gives as many numbers as there are patients."""
+    key = Key(SECRET)
+    days = [key.study_day(f"P{n}", "20240228") for n in range(500)]
+    assert len(set(days)) > 480
+    assert max(days) - min(days) > 30000  # spread over the century
+    assert key.study_day("P1", "20240228") != Key(SECRET[::-1]).study_day("P1", "20240228")
+    assert key.study_day("P1", "20240228") == Key(SECRET).study_day("P1", "20240228")
+
+
+@pytest.mark.parametrize(
+    ("patient", "date"),
+    [("", "20240228"), ("P1", ""), ("P1", "20240230"), ("P1", "2024"), ("P1", "00000000"), ("P1", "２０２４０２２８"),
+     ("P1", "20240228-20240301"), ("P1", "REMOVED!")],
+)  # fmt: skip
+def test_no_day_without_a_patient_or_a_date(patient, date):
+    assert Key(SECRET).study_day(patient, date) is None

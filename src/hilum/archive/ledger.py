@@ -106,6 +106,9 @@ FLAGS: dict[str, str] = {
     "small_matrix": "Few rows or columns.",
     "field_size": "An unlikely field of view: a crop, or a spacing in another unit.",
     "mostly_background": "Few slices, or none, show anatomy on half of their area (Curia-2 trains on no others).",
+    "burned_in": "Pixels look like rendered text (score 0 to 1): names may be burned into the image.",
+    "residual_identifiers": "The header still carries what looks like identifiers (score 0 to 1, attributes).",
+    "face": "A head whose face could be rendered (score 0 to 1).",
 }
 
 VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")

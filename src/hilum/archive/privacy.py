@@ -3,7 +3,8 @@
 Names, patient ids, UIDs and paths stay in this room. What we write carries `HMAC-SHA256(key, kind:identifier)` cut to
 16 hex digits: stable for whoever holds the key, meaningless for everyone else (a plain hash of a patient number could
 be undone by trying all numbers). The key is a small file that its owner keeps; labels are joined by hashing their
-identifiers with the same key, on the fly.
+identifiers with the same key, on the fly. Dates become days from a secret origin of each patient: intervals within a
+patient stay exact, the calendar does not show.
 """
 
 import contextlib
@@ -13,12 +14,16 @@ import os
 import secrets
 import tempfile
 from dataclasses import dataclass
+from datetime import date as calendar_date
 from pathlib import Path
 from typing import Literal
 
 from hilum.errors import InputError
 
 Kind = Literal["patient", "study", "series", "item"]
+
+ORIGIN_SPAN_DAYS = 36525  # a century: every study_day fits many dates
+_FIRST_ORIGIN = calendar_date(1900, 1, 1).toordinal()
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,28 @@ class Key:
             return ""
         message = f"{kind}:{identifier}".encode("utf-8", "surrogateescape")
         return hmac.new(self.secret, message, hashlib.sha256).hexdigest()[:16]
+
+    def study_day(self, patient: str, date: str) -> int | None:
+        """Days from the patient's secret origin to a date: two studies of one patient keep their exact interval.
+
+        patient  the identifier itself, not its hash; "" when unknown
+        date     DICOM DA, yyyymmdd (PS3.5 6.2); also yyyy.mm.dd of ACR-NEMA
+        returns  None when the patient is unknown or the date is missing or no date
+
+        The origin is a day of 1900 to 1999, drawn from the HMAC of the identifier: dates are modified, intervals
+        retained (PS3.15 Annex E.3.6, Retain Longitudinal Temporal Information with Modified Dates). Without the patient
+        there is no origin that only their studies share, so no number is given.
+        """
+        digits = date.strip(" \0").replace(".", "")
+        if not patient or len(digits) != 8 or not (digits.isascii() and digits.isdigit()):
+            return None
+        try:
+            day = calendar_date(int(digits[:4]), int(digits[4:6]), int(digits[6:])).toordinal()
+        except ValueError:
+            return None
+        message = f"origin:{patient}".encode("utf-8", "surrogateescape")
+        drawn = int.from_bytes(hmac.new(self.secret, message, hashlib.sha256).digest()[:8], "big")
+        return day - _FIRST_ORIGIN - drawn % ORIGIN_SPAN_DAYS
 
 
 def key_path() -> Path:
