@@ -19,9 +19,10 @@ from measure import print_lines, rate
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from hilum.archive.intake import read_scan
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.archive.store import Store, volume_path
 
 KEY = Key(bytes(32))

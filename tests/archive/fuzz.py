@@ -18,8 +18,9 @@ import numpy as np
 from pydicom import dcmread
 
 from hilum.archive.dicom.header import BROKEN
+from hilum.archive.intake import read_scan
 from hilum.archive.privacy import Key
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.errors import HilumError
 
 LIMIT_S = 2.0

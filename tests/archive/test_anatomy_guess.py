@@ -8,9 +8,10 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from hilum.archive.anatomy_guess import guess_plane, guess_region, measure_sections
+from hilum.archive.intake import read_scan
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.privacy import Key
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.volume import Volume, orient
 
 AXIAL = np.array([[0, 0, 0.7, 0], [0, 0.7, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1.0]])

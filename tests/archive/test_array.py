@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hilum.archive import array
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 from hilum.errors import GeometryError, ScanRefused
 
 

@@ -14,7 +14,8 @@ from pydicom.uid import JPEGLosslessSV1, RLELossless
 from hilum.archive import dicom
 from hilum.archive.dicom.header import looks_like_dicom
 from hilum.archive.dicom.pixels import read_slice
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 from hilum.errors import ScanRefused
 from hilum.volume import Volume
 

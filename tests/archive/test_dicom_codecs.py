@@ -24,7 +24,8 @@ from hilum.archive import dicom
 from hilum.archive.dicom import codecs
 from hilum.archive.dicom.codecs import missing_decoder, stream_size, syntax_name
 from hilum.archive.dicom.pixels import read_slice
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 from hilum.errors import ScanRefused
 
 MR = "1.2.840.10008.5.1.4.1.1.4"

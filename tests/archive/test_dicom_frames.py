@@ -11,7 +11,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from hilum.archive import dicom
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 
 ENHANCED_CT, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.4.1"
 CONVERTED_CT, CONVERTED_MR = "1.2.840.10008.5.1.4.1.1.2.2", "1.2.840.10008.5.1.4.1.1.4.4"

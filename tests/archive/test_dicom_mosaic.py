@@ -14,7 +14,8 @@ from pydicom.sequence import Sequence
 
 from hilum.archive import dicom
 from hilum.archive.dicom.mosaic import read_csa
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 PLANE = [1.0, 0.0, 0.0, 0.0, 0.6, -0.8]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hilum.archive import dicom
+from hilum.archive.intake import read_entry, read_scan
 from hilum.archive.policy import Policy
-from hilum.archive.scan import find, read_entry, read_scan, scan
+from hilum.archive.scan import find, scan
 from hilum.volume import Volume, straighten
 
 MR = "1.2.840.10008.5.1.4.1.1.4"

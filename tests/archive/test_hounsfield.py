@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from hilum.archive.hounsfield import check_hounsfield, thin
+from hilum.archive.intake import read_scan
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.privacy import Key
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 
 
 def body(noise=12.0, size=160, num_slices=6, seed=0):

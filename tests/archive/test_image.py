@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from hilum.archive import image
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 from hilum.errors import GeometryError, ScanRefused
 
 

@@ -8,7 +8,8 @@ import pytest
 import SimpleITK as sitk
 
 from hilum.archive import itk
-from hilum.archive.scan import find, read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import find, scan
 from hilum.errors import ScanRefused
 
 NAMES = ["x.mha", "x.mhd", "x.nrrd", "x.nhdr"]

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import SimpleITK as sitk
 
+from hilum.archive.intake import read_scan
 from hilum.archive.labels import read_labels
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, orient
 

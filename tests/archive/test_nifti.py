@@ -8,7 +8,8 @@ import pytest
 import SimpleITK as sitk
 
 from hilum.archive import nifti, values
-from hilum.archive.scan import read_scan, scan
+from hilum.archive.intake import read_scan
+from hilum.archive.scan import scan
 from hilum.errors import ScanRefused
 
 

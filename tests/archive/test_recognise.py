@@ -8,8 +8,9 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 
+from hilum.archive.intake import check
 from hilum.archive.recognise import look_at
-from hilum.archive.scan import check, scan
+from hilum.archive.scan import scan
 
 VOXELS = np.random.default_rng(0).integers(0, 999, (5, 6, 7)).astype(np.int16)
 

@@ -9,8 +9,9 @@ from matplotlib.path import Path as Polygon
 from pydicom.dataset import Dataset
 
 from hilum.archive.dicom.rtstruct import STRUCTURE_SET, fill
+from hilum.archive.intake import read_scan
 from hilum.archive.labels import read_labels
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, orient
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from hilum.archive import ledger, spill
 from hilum.archive import scan as scanning
+from hilum.archive.intake import read_scan
 from hilum.archive.ledger import REASONS, Entry, count, read_entries, read_ledger, vendor_family, write_ledger
-from hilum.archive.scan import find, read_scan, scan, scan_to, walk
+from hilum.archive.scan import find, scan, scan_to, walk
 from hilum.archive.workers import run
 from hilum.errors import InputError, ScanRefused
 

@@ -11,8 +11,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from hilum.archive.dicom import seg
 from hilum.archive.dicom.planes import rle_bits
+from hilum.archive.intake import read_scan
 from hilum.archive.labels import read_labels
-from hilum.archive.scan import find, read_scan
+from hilum.archive.scan import find
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, orient
 

@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from hilum.archive.content import CT_AIR_HU, foreground_threshold
 from hilum.volume import FloatArray, Volume
 
+LIKELY = 0.5  # from this score on, a face is removed
 CELL_MM = 4.0  # of the coarse grid
 DEPTH_MM = 30.0  # thickness of what is removed, behind the skin
 MAX_FIELD_MM = 2500.0  # a larger field is no scan of a patient
@@ -100,23 +101,24 @@ def face_score(vol: Volume) -> float:
     return 0.0 if found is None else _score(found[1], found[2])
 
 
-def deface(vol: Volume) -> tuple[Volume, int]:
+def deface(vol: Volume) -> tuple[Volume, float, int]:
     """Replace the face by air, when `face_score` is 0.5 or more.
 
-    returns  the volume (unchanged, the same object, when no face was found) and the number of voxels replaced
+    returns  the volume (unchanged, the same object, when no face was found), the score, the number of voxels replaced
 
     Everything in a cone around the nose is replaced, from the edge of the field to 30 mm behind the skin, except the
     inside of the cranium: skin, eyes, nose and lips go, the brain stays. CT gets -1000 HU, MR the mean of its air.
     """
     found = _find(vol)
-    if found is None or _score(found[1], found[2]) < 0.5:
-        return vol, 0
+    score = 0.0 if found is None else _score(found[1], found[2])
+    if found is None or score < LIKELY:
+        return vol, score, 0
     coarse, cranium, face = found
     assert vol.affine is not None
     mask = _mask(coarse, cranium, face).astype(np.float32)
     cells = np.argwhere(mask > 0)
     if not len(cells):
-        return vol, 0
+        return vol, score, 0
     # Which voxels may lie in the mask: the box around its cells, in voxel indices.
     inverse = np.linalg.inv(vol.affine)
     low, high = cells.min(0) - 1, cells.max(0) + 1
@@ -130,7 +132,7 @@ def deface(vol: Volume) -> tuple[Volume, int]:
     voxels = vol.voxels.copy()
     box = voxels[tuple(slice(a, b) for a, b in zip(start, stop))]
     box[inside] = -1000 if vol.unit == "HU" else np.asarray(coarse.air).astype(voxels.dtype)
-    return replace(vol, voxels=voxels), int(inside.sum())
+    return replace(vol, voxels=voxels), score, int(inside.sum())
 
 
 def _score(cranium: _Cranium, face: _Face) -> float:

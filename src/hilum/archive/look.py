@@ -15,8 +15,8 @@ from hilum.archive.advice import advice
 from hilum.archive.dicom.header import Header
 from hilum.archive.dicom.slices import read_headers
 from hilum.archive.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
+from hilum.archive.intake import read_entry, refuse, with_volume
 from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS, Entry
-from hilum.archive.scan import read_entry, refuse, with_volume
 from hilum.archive.store import Store
 from hilum.errors import ScanRefused
 from hilum.figures import Panel, window

@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,12 +25,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from hilum.archive.intake import crashed, refuse, take_in
 from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_entries, write_sorted
 from hilum.archive.locks import hold
 from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.scan import Listing, crashed, examine, read_entry, refuse, walk, with_volume
+from hilum.archive.scan import Listing, examine, walk
+from hilum.archive.screening import note_background
 from hilum.archive.store import (
     Row,
     check_header,
@@ -48,7 +50,6 @@ from hilum.errors import (
     DiskFull,
     InputError,
     Interrupted,
-    ScanRefused,
     StoreError,
 )
 from hilum.records import merge_tables
@@ -251,14 +252,21 @@ def _set_aside_short(entry: Entry, min_slices: int) -> Entry:
 
 def _store_scan(entry: Entry, store: Path, policy: Policy) -> Done:
     """Read one scan and write it into the store. Runs in a worker."""
-    try:
-        vol, notes = read_entry(entry, policy)
-    except ScanRefused as refused:
-        return Done(refuse(entry, refused.reason, refused.detail), None)
-    if entry.reader == "nifti" and vol.shape[0] < policy.min_slices:
-        return Done(refuse(entry, "too_few_slices", f"{vol.shape[0]} of {policy.min_slices}"), None)
-    row = write_volume(store, entry.key, vol, patient=entry.patient, study=entry.study)
-    return Done(with_volume(entry, vol, notes), row)
+    taken = take_in(entry, policy)
+    entry = taken.entry
+    if taken.volume is None:
+        return Done(entry, None)
+    row = write_volume(
+        store,
+        entry.key,
+        taken.volume,
+        patient=entry.patient,
+        study=entry.study,
+        plane=entry.plane,
+        region=entry.region,
+        look_hash=taken.look_hash,
+    )
+    return Done(replace(entry, flags=(*entry.flags, *note_background(row.shares))), row)
 
 
 def _part(store: Path, number: int) -> tuple[Path, Path]:

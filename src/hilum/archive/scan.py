@@ -6,36 +6,25 @@ read, because its header tells neither label maps nor CT from other images.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hilum.archive import array, dicom, image, itk, nifti
+from hilum.archive import dicom
 from hilum.archive.dicom.header import Header
-from hilum.archive.ledger import Entry, count, flag, write_ledger
+from hilum.archive.intake import check, crashed, judge_kind
+from hilum.archive.ledger import Entry, count, write_ledger
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.recognise import look_at, loose
 from hilum.archive.spill import Spill, decode, encode, private_folder
 from hilum.archive.workers import Crashed, default_num_workers, run
-from hilum.errors import GeometryError, InputError, ScanRefused
+from hilum.errors import InputError
 from hilum.terminal import Progress
-from hilum.volume import Volume
-
-Reader = Callable[[Entry, Policy], tuple[Volume, tuple[str, ...]]]
-"""The voxels of one used entry, and the repairs they needed. Raises ScanRefused."""
-
-READERS: dict[str, Reader] = {
-    "dicom": lambda entry, policy: dicom.read(entry.paths, entry.frames, policy),
-    "nifti": lambda entry, policy: nifti.read(entry.paths[0], entry.frames[0] if entry.frames else 0),
-    "itk": lambda entry, policy: itk.read(entry.paths[0], entry.frames[0] if entry.frames else 0),
-    "array": lambda entry, policy: array.read(entry.paths[0]),
-    "image": lambda entry, policy: image.read(entry.paths[0]),
-}
 
 MANY_FILES = 2000  # starting a process pays from twice as many on, one for each so many
 BATCH = 64
@@ -229,49 +218,6 @@ def find(path: str | Path, key: Key, *, policy: Policy = AS_IS, progress: Progre
         return sorted(entries, key=lambda e: e.key)
 
 
-def read_scan(entry: Entry) -> Volume:
-    """The voxels of a used entry. Raises ScanRefused, also for what only the voxels show."""
-    return read_entry(entry)[0]
-
-
-def read_entry(entry: Entry, policy: Policy = AS_IS) -> tuple[Volume, tuple[str, ...]]:
-    """The voxels of a used entry, and what had to be repaired in them. Raises ScanRefused."""
-    try:
-        return READERS[entry.reader](entry, policy)
-    except GeometryError as error:
-        raise ScanRefused("no_geometry", str(error)) from None
-    except MemoryError:
-        raise ScanRefused("too_large", "more than the memory of this machine") from None
-
-
-def check(entry: Entry, policy: Policy = AS_IS) -> Entry:
-    """A used entry after its voxels have been read: with what that showed, or refused."""
-    try:
-        vol, notes = read_entry(entry, policy)
-    except ScanRefused as refused:
-        return refuse(entry, refused.reason, refused.detail)
-    return with_volume(entry, vol, notes)
-
-
-def with_volume(entry: Entry, vol: Volume, repairs: Sequence[str]) -> Entry:
-    """An entry that knows what reading its voxels showed."""
-    guessed = (flag("modality_guessed", vol.modality),) if vol.modality != entry.modality else ()
-    return replace(
-        entry,
-        modality=vol.modality,
-        repairs=tuple(dict.fromkeys((*entry.repairs, *repairs))),
-        flags=tuple(dict.fromkeys((*entry.flags, *guessed))),
-    )
-
-
-def refuse(entry: Entry, reason: str, detail: str = "") -> Entry:
-    return replace(entry, reason=reason, detail=detail)
-
-
-def crashed(entry: Entry) -> Entry:
-    return refuse(entry, "reader_crashed", entry.transfer_syntax)
-
-
 def examine(
     listing: Listing,
     key: Key,
@@ -335,4 +281,4 @@ def _look_at_batch(
 
 
 def _look_at_all(names: Sequence[str], root: Path, key: Key, nifti_voxels: bool) -> list[Header | Entry]:
-    return [found for name in names for found in look_at(name, root, key, check if nifti_voxels else None)]
+    return [found for name in names for found in look_at(name, root, key, judge_kind if nifti_voxels else None)]

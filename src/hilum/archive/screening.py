@@ -122,7 +122,7 @@ def _note_field(vol: Volume) -> list[str]:
     return [flag("field_size", f"{sides[0]:.0f}×{sides[1]:.0f} mm")]
 
 
-def note_background(foreground: NDArray[np.float32]) -> tuple[str, ...]:
+def note_background(foreground: NDArray[np.floating[Any]]) -> tuple[str, ...]:
     """The caution "mostly_background", or none.
 
     foreground   (Z,) share of anatomy in each slice (`content.Content.foreground`)

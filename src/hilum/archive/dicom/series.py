@@ -211,6 +211,7 @@ def _entry(name: str, key: Key, part: _Part, policy: Policy) -> Entry:
         manufacturer=vendor_family(first.manufacturer),
         transfer_syntax=_common(h.transfer_syntax for h in files),
         split_by=part.split_by,
+        study_day=key.study_day(first.patient_id, first.study_date),
         paths=tuple(files[i].path for i in order),
         frames=frames if any(frames) else (),
     )
