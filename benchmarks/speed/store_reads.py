@@ -10,6 +10,7 @@ opening costs beyond the mapped file.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=1_500_000, help="rows of the made-up index")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
+    load = os.getloadavg()[0]  # above 0: others shared the cores
     with tempfile.TemporaryDirectory() as temporary:
         vol = make_ct(given.slices)
         store = write_store(Path(temporary) / "store", vol)
@@ -178,7 +180,7 @@ def main() -> None:
         results["bytes a voxel, .nii.gz level 1"] = [packed.stat().st_size / vol.voxels.size]
         results |= take_turns(make_steps(store, raw, packed, vol), given.repeats)
         results |= measure_index(Path(temporary) / "many", given.volumes, given.repeats)
-    print_lines(results, num_slices=given.slices, num_volumes=given.volumes)
+    print_lines(results, num_slices=given.slices, num_volumes=given.volumes, load_before=round(load, 2))
 
 
 if __name__ == "__main__":
