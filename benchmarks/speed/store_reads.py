@@ -5,7 +5,8 @@
 
 One core. A synthetic 512×512 CT: 12 bits, noise over smooth shapes. Beside the store, in turn: Blosc2 alone on the same
 file; np.memmap of uncompressed int16, the fastest and largest way; one slice of a .nii.gz through nibabel, the plain way.
-Every way ends in float32 for slices and int16 for crops. The index rows are made up; `anonymous MiB` is the memory that
+The
+store's slices end in float32 with their content, as the memmap's and NIfTI's do without; Blosc2 alone ends in int16. The index rows are made up; `anonymous MiB` is the memory that
 opening costs beyond the mapped file.
 """
 
