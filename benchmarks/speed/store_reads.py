@@ -5,9 +5,9 @@
 
 One core. A synthetic 512×512 CT: 12 bits, noise over smooth shapes. Beside the store, in turn: Blosc2 alone on the same
 file; np.memmap of uncompressed int16, the fastest and largest way; one slice of a .nii.gz through nibabel, the plain way.
-The
-store's slices end in float32 with their content, as the memmap's and NIfTI's do without; Blosc2 alone ends in int16. The index rows are made up; `anonymous MiB` is the memory that
-opening costs beyond the mapped file.
+The store's slices end in float32 with their content, those of memmap and NIfTI in float32, Blosc2 alone in int16. The
+index rows are made up; `anonymous MiB` is the memory that opening costs beyond the mapped file. Peak memory counts the
+pages of mapped files, once per mapping.
 """
 
 import argparse
