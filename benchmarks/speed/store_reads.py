@@ -5,11 +5,13 @@
 
 One core. A synthetic 512×512 CT: 12 bits, noise over smooth shapes. Beside the store, in turn: Blosc2 alone on the same
 file; np.memmap of uncompressed int16, the fastest and largest way; one slice of a .nii.gz through nibabel, the plain way.
-Every way ends in float32 for slices and int16 for crops. The index rows are made up; `anonymous MiB` is the memory that
-opening costs beyond the mapped file.
+The store's slices end in float32 with their content, those of memmap and NIfTI in float32, Blosc2 alone in int16. The
+index rows are made up; `anonymous MiB` is the memory that opening costs beyond the mapped file. Peak memory counts the
+pages of mapped files, once per mapping.
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=1_500_000, help="rows of the made-up index")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
+    load = os.getloadavg()[0]  # above 0: others shared the cores
     with tempfile.TemporaryDirectory() as temporary:
         vol = make_ct(given.slices)
         store = write_store(Path(temporary) / "store", vol)
@@ -178,7 +181,7 @@ def main() -> None:
         results["bytes a voxel, .nii.gz level 1"] = [packed.stat().st_size / vol.voxels.size]
         results |= take_turns(make_steps(store, raw, packed, vol), given.repeats)
         results |= measure_index(Path(temporary) / "many", given.volumes, given.repeats)
-    print_lines(results, num_slices=given.slices, num_volumes=given.volumes)
+    print_lines(results, num_slices=given.slices, num_volumes=given.volumes, load_before=round(load, 2))
 
 
 if __name__ == "__main__":
