@@ -105,6 +105,12 @@ def voxels() -> np.ndarray:
     return (np.arange(6 * 9 * 7).reshape(6, 9, 7) * 5 + 3).astype(np.uint16)
 
 
+@pytest.fixture(scope="session")
+def large(voxels: np.ndarray) -> np.ndarray:
+    """(6, 18, 21): `voxels` with each pixel six times, large enough to be stored."""
+    return voxels.repeat(2, 1).repeat(3, 2)
+
+
 def write_frames(
     path: Path,
     frames: np.ndarray,

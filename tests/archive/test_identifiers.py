@@ -173,7 +173,9 @@ def command(*arguments: str | Path, key: Path) -> subprocess.CompletedProcess[by
 def outcome(tmp_path_factory, write_series_to):
     """An archive full of tokens, and everything that scan and prepare make of it."""
     root, tokens = tmp_path_factory.mktemp("identifiers"), Tokens()
-    voxels = np.random.default_rng(0).integers(0, 2000, (6, 16, 16)).astype(np.uint16)
+    y, x = np.indices((32, 32)) - 15.5
+    body = np.where((y / 10) ** 2 + (x / 14) ** 2 < 1, 1064, 24) + np.random.default_rng(0).normal(0, 9, (6, 32, 32))
+    voxels = body.astype(np.uint16)
     folder = f"archive/{tokens.word('folder name')}/{tokens.word('folder name')}"
     stack: dict[str, dict[str, str]] = {}
 

@@ -240,12 +240,12 @@ def test_tilt_gaps_and_anisotropy_are_named(here, write_series, voxels, key, tmp
     assert "thick every 5 mm" in record["flags"][0]["numbers"]
 
 
-def test_a_store_shows_one_of_its_scans(write_series, voxels, key, tmp_path):
-    write_series(voxels)
+def test_a_store_shows_one_of_its_scans(write_series, large, key, tmp_path):
+    write_series(large)
     prepare(tmp_path / "archive", tmp_path / "store", key=key, num_workers=1)
     name = key.hash("series", "1.2.826.0.1.3680043.10.9999.1")
     result = inspect(f"{tmp_path / 'store'}:{name[:5]}", key=key, out=tmp_path / "page.html")
-    assert [r["shape"] for r in result["scans"]] == [[6, 9, 7]]
+    assert [r["shape"] for r in result["scans"]] == [[6, 18, 21]]
     with pytest.raises(InputError, match="no scan begins with the key 'ffffffffff'"):
         inspect(f"{tmp_path / 'store'}:ffffffffff", key=key)
     with pytest.raises(UsageError, match="is a store; name one scan as"):

@@ -39,12 +39,12 @@ NUM_IMAGES = 120
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory, write_series_to, voxels) -> Path:
+def archive(tmp_path_factory, write_series_to, large) -> Path:
     """One CT, one short MR, one label map, many small images and a text."""
     root = tmp_path_factory.mktemp("prepare") / "archive"
-    write_series_to(root, voxels, series="1", folder="ct")
-    write_series_to(root, voxels[:3], series="2", folder="mr", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
-    nib.save(nib.Nifti1Image((voxels > 900).astype(np.uint8), np.eye(4)), root / "labels.nii")
+    write_series_to(root, large, series="1", folder="ct")
+    write_series_to(root, large[:3], series="2", folder="mr", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
+    nib.save(nib.Nifti1Image((large > 900).astype(np.uint8), np.eye(4)), root / "labels.nii")
     rng = np.random.default_rng(0)
     for n in range(NUM_IMAGES):
         Image.fromarray(rng.integers(0, 255, (16, 16)).astype(np.uint8)).save(root / f"{n}.png")
@@ -63,7 +63,7 @@ def content(store: Path) -> dict[str, bytes]:
     return {p.relative_to(store).as_posix(): p.read_bytes() for p in store.rglob("*") if p.is_file()}
 
 
-def test_what_lies_in_the_store(archive, whole, key, voxels):
+def test_what_lies_in_the_store(archive, whole, key, large):
     summary = prepare(archive, whole, key=key)
     assert (summary["num_files"], summary["num_used"], summary["num_volumes"]) == (131, 121, 121)
     assert {r: v["files"] for r, v in summary["refused"].items()} == {
@@ -71,7 +71,7 @@ def test_what_lies_in_the_store(archive, whole, key, voxels):
     }  # fmt: skip
     store = Store(whole)
     series = key.hash("series", "1.2.826.0.1.3680043.10.9999.1")
-    np.testing.assert_array_equal(store.read_volume(series).voxels, voxels.astype(int) - 1024)
+    np.testing.assert_array_equal(store.read_volume(series).voxels, large.astype(int) - 1024)
     assert store.row(series).patient == key.hash("patient", "P-001")
     assert sum(e.num_files for e in read_ledger(whole / "ledger.parquet")) == 131
     for name, data in content(whole).items():

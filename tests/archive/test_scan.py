@@ -175,9 +175,9 @@ def test_folders_may_be_deeper_than_python_recurses(tmp_path):
         subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # deeper than shutil can follow
 
 
-def test_a_ledger_written_as_a_stream_is_the_same(write_series, voxels, tmp_path, key, monkeypatch):
+def test_a_ledger_written_as_a_stream_is_the_same(write_series, large, tmp_path, key, monkeypatch):
     for n in range(12):
-        write_series(voxels[: 4 + n % 3], folder=f"archive/{n}", series=f"{n}", PatientID=f"P{n % 5}")
+        write_series(large[: 4 + n % 3], folder=f"archive/{n}", series=f"{n}", PatientID=f"P{n % 5}")
         (tmp_path / "archive" / f"{n}.txt").touch()
     archive, one, other = tmp_path / "archive", tmp_path / "one.parquet", tmp_path / "other.parquet"
     entries = scan(archive, key)

@@ -48,8 +48,6 @@ def take_in(entry: Entry, policy: Policy = AS_IS) -> Intake:
         vol, repairs = read_entry(entry, policy)
     except ScanRefused as refused:
         return Intake(refuse(entry, refused.reason, refused.detail))
-    if entry.reader in _STACKS and vol.shape[0] < policy.min_slices:
-        return Intake(refuse(entry, "too_few_slices", f"{vol.shape[0]} of {policy.min_slices}"))
     seen = screen(vol)
     entry = replace(with_volume(entry, vol, repairs), plane=seen.plane, region=seen.region)
     if seen.refusal:
@@ -63,9 +61,6 @@ def take_in(entry: Entry, policy: Policy = AS_IS) -> Intake:
     if num_replaced:
         entry = replace(entry, repairs=(*entry.repairs, f"defaced: {num_replaced} voxels replaced"))
     return Intake(replace(entry, flags=tuple(dict.fromkeys(flags))), vol, seen.look_hash)
-
-
-_STACKS = ("dicom", "nifti", "itk")  # readers whose scans have slices to count; the others read single images
 
 
 def check(entry: Entry, policy: Policy = AS_IS) -> Entry:

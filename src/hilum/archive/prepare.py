@@ -256,6 +256,8 @@ def _store_scan(entry: Entry, store: Path, policy: Policy) -> Done:
     entry = taken.entry
     if taken.volume is None:
         return Done(entry, None)
+    if entry.reader in ("nifti", "itk") and taken.volume.shape[0] < policy.min_slices:
+        return Done(refuse(entry, "too_few_slices", f"{taken.volume.shape[0]} of {policy.min_slices}"), None)
     row = write_volume(
         store,
         entry.key,
