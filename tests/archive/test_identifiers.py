@@ -13,6 +13,7 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydicom.dataset import Dataset
@@ -140,6 +141,10 @@ def texts(path: Path) -> Iterator[bytes]:
         table = pq.read_table(path)
         yield repr(table.schema.metadata).encode()
         yield repr(table.to_pylist()).encode()
+    elif path.suffix == ".arrow":
+        with pa.ipc.open_file(path) as rows:
+            yield repr(rows.schema.metadata).encode()
+            yield repr(rows.read_all().to_pylist()).encode()
     elif path.suffix == ".b2nd":
         array = blosc2.open(path, mode="r")
         yield array[:].tobytes()
@@ -206,12 +211,19 @@ def outcome(tmp_path_factory, write_series_to):
             "prepare", archive, "-o", root / "other", "--min-slices", "9", "--num-workers", "1", "--quiet", key=key
         ),
         command("scan", archive / "missing", key=key),
+        command("inspect", archive, "-o", root / "inspect.html", key=key),
+        command("show", ledger, "--archive", archive, "-o", root / "show.html", key=key),
         command("embed", archive, "--model", root / "no model", "-o", root / "f.parquet", key=key),
     ]
     streams = {f"{run.args[3]} stdout": run.stdout for run in runs} | {
         f"{run.args[3]} stderr {n}": run.stderr for n, run in enumerate(runs)
     }
-    written = [ledger, *(p for p in [*store.rglob("*"), *(root / "other").rglob("*")] if p.is_file())]
+    written = [
+        ledger,
+        root / "inspect.html",
+        root / "show.html",
+        *(p for p in [*store.rglob("*"), *(root / "other").rglob("*")] if p.is_file()),
+    ]
     return tokens, runs, written, streams
 
 
@@ -221,7 +233,9 @@ def test_enough_identifiers_in_enough_places(outcome):
     assert len(set(tokens.places.values())) >= 150
     assert [run.returncode for run in runs[:3]] == [0, 0, 4]  # read, read, and stored but for the broken ones
     assert sum(p.suffix == ".b2nd" for p in written) >= 1
-    assert sum(p.suffix == ".parquet" for p in written) >= 5
+    names = sorted(p.name for p in written if p.suffix in (".parquet", ".arrow"))
+    assert names == ["index.arrow"] * 2 + ["ledger.parquet"] * 3
+    assert [p.stat().st_size > 10_000 for p in written if p.suffix == ".html"] == [True, True]
 
 
 def test_nothing_that_is_written_or_printed_holds_an_identifier(outcome):
