@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hilum.archive.ledger import count, read_ledger
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.demo import TASKS, demo
 from hilum.encode.vit import ViTConfig
 from hilum.pretrain.recipe import Recipe, load_recipe
@@ -49,7 +49,9 @@ def test_every_file_of_the_archive_is_in_the_ledger(story: tuple[Path, dict]) ->
 
 def test_scan_and_prepare_agree(story: tuple[Path, dict]) -> None:
     out, _ = story
-    assert read_ledger(out / "ledger.parquet") == read_ledger(out / "store" / "ledger.parquet")
+    scanned, prepared = (read_ledger(out / name / "ledger.parquet") for name in (".", "store"))
+    # Each sees one thing more: left-over identifiers in headers, and how much of the slices is anatomy.
+    assert [replace(e, flags=()) for e in scanned] == [replace(e, flags=()) for e in prepared]
 
 
 def test_no_identifier_leaves_the_archive_room(story: tuple[Path, dict]) -> None:

@@ -23,7 +23,7 @@ from hilum.archive.intake import read_scan
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find
-from hilum.archive.store import Store, volume_path
+from hilum.archive.store.store import Store, volume_path
 
 KEY = Key(bytes(32))
 

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 from measure import print_lines, rate, take_turns
 
-from hilum.archive import store as store_module
-from hilum.archive.export import export_nifti
-from hilum.archive.store import (
+from hilum.archive.store import store as store_module
+from hilum.archive.store.export import export_nifti
+from hilum.archive.store.store import (
     INDEX_SCHEMA,
     Store,
     index_path,

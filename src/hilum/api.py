@@ -1,7 +1,7 @@
 """Every command as a Python function of the same name: `from hilum import api`, then `api.prepare(...)`."""
 
-from hilum.archive.inspect import inspect
-from hilum.archive.overview import show
+from hilum.archive.doctor.inspect import inspect
+from hilum.archive.doctor.overview import show
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan

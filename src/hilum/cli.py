@@ -249,8 +249,8 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """The doctor: what is known of a scan, whether it would be used, and if not, why and what to do."""
-    from hilum.archive.inspect import inspect as run
-    from hilum.archive.inspect import terminal_text
+    from hilum.archive.doctor.inspect import inspect as run
+    from hilum.archive.doctor.inspect import terminal_text
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:
@@ -268,7 +268,7 @@ def show(
     quiet: Quiet = False,
 ) -> None:
     """One HTML page about a whole archive: counts, reasons, geometry, thumbnails."""
-    from hilum.archive.overview import show as run
+    from hilum.archive.doctor.overview import show as run
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:

@@ -29,7 +29,7 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Read every file again and compare it with the index. Exit code 4 when something is wrong."""
-    from hilum.archive.verify import verify as run
+    from hilum.archive.store.verify import verify as run
     from hilum.terminal import Reporter, format_table
 
     with Reporter(quiet) as progress:
@@ -53,7 +53,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Join stores into a new one, which shares their files. Interrupted, it goes on when run again."""
-    from hilum.archive.store_care import merge as run
+    from hilum.archive.store.care import merge as run
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:
@@ -70,7 +70,7 @@ def append(
     quiet: Quiet = False,
 ) -> None:
     """Prepare one more archive and add it to a store. Interrupted, it goes on when run again."""
-    from hilum.archive.store_care import append as run
+    from hilum.archive.store.care import append as run
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:
@@ -88,7 +88,7 @@ def append(
 @store_app.command()
 def compact(store: StorePath, as_json: Json = False, quiet: Quiet = False) -> None:
     """Remove what the index does not name: orphaned volumes, temporary files, remains of interrupted commands."""
-    from hilum.archive.store_care import compact as run
+    from hilum.archive.store.care import compact as run
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:
@@ -111,7 +111,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Store → NIfTI files or WebDataset shards. Interrupted, it goes on when run again."""
-    from hilum.archive.export import export_nifti, export_webdataset
+    from hilum.archive.store.export import export_nifti, export_webdataset
     from hilum.errors import UsageError
     from hilum.terminal import Reporter
 

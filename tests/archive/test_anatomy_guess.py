@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from hilum.archive.anatomy_guess import guess_plane, guess_region, measure_sections
 from hilum.archive.intake import read_scan
+from hilum.archive.judge.anatomy import guess_plane, guess_region, measure_sections
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find

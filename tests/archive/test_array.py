@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from hilum.archive import array
+from hilum.archive.files import array
 from hilum.archive.intake import read_scan
 from hilum.archive.scan import find, scan
 from hilum.errors import GeometryError, ScanRefused

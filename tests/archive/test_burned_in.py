@@ -7,8 +7,8 @@ import pydicom
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from hilum.archive.burned_in import burned_in_score, text_score
 from hilum.archive.intake import read_scan
+from hilum.archive.judge.burned_in import burned_in_score, text_score
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.phantom.files import write_phantom
 from hilum.archive.scan import find

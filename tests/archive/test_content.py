@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hilum.archive.content import GRID, foreground_threshold, measure_content, pack_cells, shrink, unpack_cells
+from hilum.archive.store.content import GRID, foreground_threshold, measure_content, pack_cells, shrink, unpack_cells
 from hilum.volume import Volume
 
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from hilum.archive import duplicates
-from hilum.archive.duplicates import MAX_DISTANCE, Pair, exact_duplicates, look_hash, near_duplicates
 from hilum.archive.intake import read_scan
+from hilum.archive.judge import duplicates
+from hilum.archive.judge.duplicates import MAX_DISTANCE, Pair, exact_duplicates, look_hash, near_duplicates
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find

@@ -18,10 +18,10 @@ import pytest
 import SimpleITK as sitk
 
 from hilum import cli
-from hilum.archive import export as module
-from hilum.archive import nifti
-from hilum.archive.export import export_nifti, export_webdataset
-from hilum.archive.store import Store, volume_path
+from hilum.archive.files import nifti
+from hilum.archive.store import export as module
+from hilum.archive.store.export import export_nifti, export_webdataset
+from hilum.archive.store.store import Store, volume_path
 from hilum.errors import StoreError, UsageError
 from hilum.volume import Volume, to_slices
 
@@ -205,7 +205,7 @@ def test_an_export_stopped_anywhere_goes_on(store, tmp_path, monkeypatch, kind):
 
 RUN = """
 import sys
-from hilum.archive import export
+from hilum.archive.store import export
 export._plan = lambda *args: [(n, n + 1) for n in range(8)]
 export.export_webdataset(sys.argv[1], sys.argv[2], num_workers=1)
 """

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from hilum.archive.face import deface, face_score
 from hilum.archive.intake import read_scan
+from hilum.archive.judge.face import deface, face_score
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.phantom.head import FACE, make_head
 from hilum.archive.privacy import Key

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hilum.archive.hounsfield import check_hounsfield, thin
 from hilum.archive.intake import read_scan
+from hilum.archive.judge.hounsfield import check_hounsfield, thin
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find

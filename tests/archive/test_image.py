@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hilum.archive import image
+from hilum.archive.files import image
 from hilum.archive.intake import read_scan
 from hilum.archive.scan import find, scan
 from hilum.errors import GeometryError, ScanRefused

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from hilum import figures
-from hilum.archive import inspect as inspect_module
-from hilum.archive import look as look_module
 from hilum.archive import workers
-from hilum.archive.advice import advice
-from hilum.archive.display import direction, middle_planes, oblique_deg, slice_panels
-from hilum.archive.inspect import inspect, sparkline, terminal_text, verdict_lines, write_page
+from hilum.archive.doctor import inspect as inspect_module
+from hilum.archive.doctor import look as look_module
+from hilum.archive.doctor.advice import advice
+from hilum.archive.doctor.display import direction, middle_planes, oblique_deg, slice_panels
+from hilum.archive.doctor.inspect import inspect, sparkline, terminal_text, verdict_lines, write_page
+from hilum.archive.doctor.look import describe, look
 from hilum.archive.ledger import REASONS, Entry
-from hilum.archive.look import describe, look
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import find
 from hilum.errors import InputError, UsageError

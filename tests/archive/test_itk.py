@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from hilum.archive import itk
+from hilum.archive.files import itk
 from hilum.archive.intake import read_scan
 from hilum.archive.scan import find, scan
 from hilum.errors import ScanRefused

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from hilum.archive import nifti, values
+from hilum.archive.files import nifti, values
 from hilum.archive.intake import read_scan
 from hilum.archive.scan import scan
 from hilum.errors import ScanRefused

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hilum.archive import overview
+from hilum.archive.doctor import overview
+from hilum.archive.doctor.overview import aggregate, choose, show
 from hilum.archive.ledger import LEDGER_SCHEMA, REASONS, Entry, count, flag, write_entries, write_ledger
-from hilum.archive.overview import aggregate, choose, show
 from hilum.archive.phantom import write_phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
@@ -139,7 +139,7 @@ def test_what_is_neither_ledger_nor_store(tmp_path):
 
 MEASURE = """
 import sys, time
-from hilum.archive.overview import show
+from hilum.archive.doctor.overview import show
 began = time.process_time()
 result = show(sys.argv[1], sys.argv[2])
 with open("/proc/self/status") as status:  # ru_maxrss would begin with that of the parent

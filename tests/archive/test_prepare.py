@@ -18,7 +18,7 @@ from hilum.archive import spill
 from hilum.archive.ledger import read_ledger
 from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.errors import DiskFull, InputError, Interrupted, StoreError, UsageError
 
 RUN = """

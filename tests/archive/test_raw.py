@@ -10,8 +10,8 @@ import zlib
 import numpy as np
 import pytest
 
-from hilum.archive import raw
-from hilum.archive.raw import RawVoxels, read_stored
+from hilum.archive.files import raw
+from hilum.archive.files.raw import RawVoxels, read_stored
 from hilum.errors import ScanRefused
 
 SHAPE = (60, 50, 40)  # i, j, k: 120 kB of bytes

@@ -9,7 +9,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from hilum.archive.residual import residual_identifiers
+from hilum.archive.judge.residual import residual_identifiers
 from hilum.errors import ScanRefused
 
 PIXELS = np.zeros((1, 8, 8), np.int16)

@@ -8,9 +8,9 @@ import blosc2
 import numpy as np
 import pytest
 
-from hilum.archive import store as module
-from hilum.archive.content import measure_content
-from hilum.archive.store import (
+from hilum.archive.store import store as module
+from hilum.archive.store.content import measure_content
+from hilum.archive.store.store import (
     Store,
     check_header,
     index_path,

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from hilum import cli
-from hilum.archive import store_care as module
-from hilum.archive import verify as verify_module
 from hilum.archive.ledger import Entry, read_ledger, write_entries
 from hilum.archive.prepare import prepare
-from hilum.archive.store import INDEX_SCHEMA, Store, index_path, volume_path, write_index
-from hilum.archive.store_care import append, compact, merge
-from hilum.archive.verify import verify
+from hilum.archive.store import care as module
+from hilum.archive.store import verify as verify_module
+from hilum.archive.store.care import append, compact, merge
+from hilum.archive.store.store import INDEX_SCHEMA, Store, index_path, volume_path, write_index
+from hilum.archive.store.verify import verify
 from hilum.archive.workers import Crashed
 from hilum.errors import StoreError, UsageError
 from hilum.volume import Volume
@@ -197,7 +197,7 @@ def test_merging_across_disks_copies(parts, tmp_path, monkeypatch):
 
 def test_of_equal_volumes_file_and_row_of_the_first_stay(parts, tmp_path, write_store, make_volume, monkeypatch):
     """Another version of the compressor writes other bytes for the same voxels."""
-    monkeypatch.setattr("hilum.archive.store.BLOCK", 16)
+    monkeypatch.setattr("hilum.archive.store.store.BLOCK", 16)
     other = write_store(tmp_path / "other", {KEYS[2]: make_volume(2, (3, 30, 40))})
     checksums = [Store(s).row(KEYS[2]).checksum for s in (parts[0], other)]
     assert checksums[0] != checksums[1]
@@ -356,7 +356,7 @@ def test_commands(store, parts, tmp_path, monkeypatch, capsys):
 def test_killed_merge_by_signal(parts, tmp_path):
     """A real kill, at whatever moment it hits."""
     merge(parts, tmp_path / "wanted")
-    code = "import sys; from hilum.archive.store_care import merge; merge(sys.argv[1:3], sys.argv[3])"
+    code = "import sys; from hilum.archive.store.care import merge; merge(sys.argv[1:3], sys.argv[3])"
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, parts), str(tmp_path / "out")])
     while process.poll() is None and not list(tmp_path.glob("out/volumes/*/*.b2nd")):
         time.sleep(0.001)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.pretrain.distill import Learner, make_mlp, step_generator
 from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices

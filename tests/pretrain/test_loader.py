@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract, normalise_slice
 from hilum.errors import StoreError
 from hilum.pretrain.loader import Batch, Slices, batches, permute, training_slices

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hilum.archive.content import SliceContent
+from hilum.archive.store.content import SliceContent
 from hilum.errors import UsageError
 from hilum.pretrain.recipe import ViewSpec
 from hilum.pretrain.views import (

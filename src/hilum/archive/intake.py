@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hilum.archive import array, dicom, image, itk, nifti
-from hilum.archive.burned_in import burned_in_score
-from hilum.archive.face import deface, face_score
+from hilum.archive import dicom
+from hilum.archive.files import array, image, itk, nifti
+from hilum.archive.judge.burned_in import burned_in_score
+from hilum.archive.judge.face import deface, face_score
+from hilum.archive.judge.residual import residual_identifiers
+from hilum.archive.judge.screening import screen
 from hilum.archive.ledger import Entry, flag
 from hilum.archive.policy import AS_IS, Policy
-from hilum.archive.residual import residual_identifiers
-from hilum.archive.screening import screen
 from hilum.errors import GeometryError, ScanRefused
 from hilum.volume import Volume
 
@@ -34,7 +35,7 @@ class Intake:
 
     entry      with all that its voxels showed; used, or refused
     volume     what may enter the store; None when refused
-    look_hash  64 bits (`hilum.archive.duplicates.look_hash`)
+    look_hash  64 bits (`hilum.archive.judge.duplicates.look_hash`)
     """
 
     entry: Entry

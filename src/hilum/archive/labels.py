@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hilum.archive import itk, nifti
 from hilum.archive.dicom import rtstruct, seg
 from hilum.archive.dicom.header import looks_like_dicom
 from hilum.archive.dicom.slices import read_headers
+from hilum.archive.files import itk, nifti
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, apart_mm, orient
 

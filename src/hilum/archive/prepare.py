@@ -26,14 +26,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from hilum.archive.intake import crashed, refuse, take_in
+from hilum.archive.judge.screening import note_background
 from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_entries, write_sorted
 from hilum.archive.locks import hold
 from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import Listing, examine, walk
-from hilum.archive.screening import note_background
-from hilum.archive.store import (
+from hilum.archive.store.store import (
     Row,
     check_header,
     index_path,

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hilum.archive import array, image, itk, nifti
 from hilum.archive.dicom.header import Header, looks_like_dicom
 from hilum.archive.dicom.slices import read_headers
+from hilum.archive.files import array, image, itk, nifti
+from hilum.archive.files.raw import ImageHeader
 from hilum.archive.ledger import Entry
 from hilum.archive.privacy import Key
-from hilum.archive.raw import ImageHeader
 from hilum.errors import ScanRefused
 from hilum.volume import Volume
 
@@ -32,7 +32,7 @@ def look_at(name: str, root: Path, key: Key, check: Callable[[Entry], Entry] | N
     """What one file is: the header of a DICOM file, or the finished rows of anything else, one for each volume in it.
 
     name     of the file below `root`, with slashes
-    check    what a used entry becomes once its voxels are read (`hilum.archive.scan.check`): the header of a NIfTI,
+    check    what a used entry becomes once its voxels are read (`hilum.archive.intake.judge_kind`): the header of a NIfTI,
              MetaImage, NRRD or NumPy file tells neither label maps nor CT from other images. None: headers only
     returns  rows whose `num_files` add up to 1
     """

@@ -13,7 +13,7 @@ from hilum.archive.labels import read_labels
 from hilum.archive.ledger import REASONS
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.encode.features import LEVELS, Scan, feature_rows, write_rows
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, InputError, LabelsError, ScanRefused, UsageError

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hilum.archive.content import SliceContent
-from hilum.archive.store import Store
+from hilum.archive.store.content import SliceContent
+from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract, normalise_slice
 from hilum.errors import StoreError
 from hilum.pretrain.recipe import Recipe

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import pick_device, write_encoder
 from hilum.errors import CheckpointError, Interrupted, TrainingDiverged

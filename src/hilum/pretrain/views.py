@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hilum.archive.content import SliceContent
+from hilum.archive.store.content import SliceContent
 from hilum.pretrain.recipe import ViewSpec
 
 Box = tuple[float, float, float, float]

@@ -19,9 +19,9 @@ from nibabel.spatialimages import HeaderDataError, HeaderTypeError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
+from hilum.archive.files.raw import ImageHeader, RawVoxels, check_size
+from hilum.archive.files.values import read_image, read_label_map
 from hilum.archive.ledger import flag
-from hilum.archive.raw import ImageHeader, RawVoxels, check_size
-from hilum.archive.values import read_image, read_label_map
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume
 
@@ -196,7 +196,7 @@ def _apart(a: FloatArray, b: FloatArray, shape: tuple[int, ...]) -> tuple[float,
 
 
 def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
-    """Read one volume of a NIfTI file; see `hilum.archive.values.read_image`.
+    """Read one volume of a NIfTI file; see `hilum.archive.files.values.read_image`.
 
     volume  number along the fourth axis
     """
@@ -204,7 +204,7 @@ def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
 
 
 def read_label(path: Path) -> Volume:
-    """Read a label map; see `hilum.archive.values.read_label_map`."""
+    """Read a label map; see `hilum.archive.files.values.read_label_map`."""
     return read_label_map(read_header(path))
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hilum.archive import nifti
-from hilum.archive.advice import advice
 from hilum.archive.dicom.header import Header
 from hilum.archive.dicom.slices import read_headers
-from hilum.archive.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
+from hilum.archive.doctor.advice import advice
+from hilum.archive.doctor.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
+from hilum.archive.files import nifti
 from hilum.archive.intake import read_entry, refuse, with_volume
 from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS, Entry
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.errors import ScanRefused
 from hilum.figures import Panel, window
 from hilum.volume import Volume

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hilum import figures
-from hilum.archive.advice import advice
-from hilum.archive.display import PLANE_NAMES, edge_letters, slice_panels
+from hilum.archive.doctor.advice import advice
+from hilum.archive.doctor.display import PLANE_NAMES, edge_letters, slice_panels
 from hilum.archive.intake import read_entry
 from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find
-from hilum.archive.store import Store, check_header
+from hilum.archive.store.store import Store, check_header
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import InputError, ScanRefused
 from hilum.figures import Panel

@@ -20,7 +20,7 @@ from scipy import ndimage
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
-from hilum.archive.content import CT_AIR_HU, foreground_threshold
+from hilum.archive.store.content import CT_AIR_HU, foreground_threshold
 from hilum.volume import FloatArray, Volume
 
 LIKELY = 0.5  # from this score on, a face is removed

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hilum.archive.content import SliceContent, measure_slices, pack_cells, unpack_cells
+from hilum.archive.store.content import SliceContent, measure_slices, pack_cells, unpack_cells
 from hilum.errors import InputError, StoreError
 from hilum.records import explain_full_disk, hash_file, read_json, write_atomic, write_json
 from hilum.volume import Volume, crop_or_pad

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hilum.archive.raw import ImageHeader, RawVoxels, check_size
-from hilum.archive.values import read_image
+from hilum.archive.files.raw import ImageHeader, RawVoxels, check_size
+from hilum.archive.files.values import read_image
 from hilum.errors import ScanRefused
 from hilum.volume import Volume
 
@@ -53,5 +53,5 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
-    """Read one array; see `hilum.archive.values.read_image`. The volume has no affine."""
+    """Read one array; see `hilum.archive.files.values.read_image`. The volume has no affine."""
     return read_image(read_header(path))

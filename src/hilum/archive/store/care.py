@@ -15,7 +15,7 @@ from hilum.archive.ledger import LEDGER_SCHEMA
 from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.store import (
+from hilum.archive.store.store import (
     Row,
     Store,
     check_header,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from hilum.archive.hounsfield import thin
+from hilum.archive.judge.hounsfield import thin
 from hilum.errors import UsageError
 from hilum.volume import Volume, orient
 

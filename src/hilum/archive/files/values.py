@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hilum.archive.raw import ImageHeader, read_stored
+from hilum.archive.files.raw import ImageHeader, read_stored
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, to_slices
 

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hilum.archive.anatomy_guess import guess_plane, guess_region
-from hilum.archive.duplicates import look_hash
-from hilum.archive.hounsfield import check_hounsfield, thin
+from hilum.archive.judge.anatomy import guess_plane, guess_region
+from hilum.archive.judge.duplicates import look_hash
+from hilum.archive.judge.hounsfield import check_hounsfield, thin
 from hilum.archive.ledger import flag
 from hilum.volume import Volume
 
@@ -46,7 +46,7 @@ _SAMPLES = 1 << 15
 class Screening:
     """What the voxels of one scan say about its worth.
 
-    plane, region  guesses, "" when unsure (`anatomy_guess`)
+    plane, region  guesses, "" when unsure (`anatomy`)
     flags          cautions for `Entry.flags`
     refusal        reason of REASONS and its numbers, or None
     look_hash      64 bits (`duplicates.look_hash`)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hilum.archive.raw import ImageHeader, RawVoxels, check_size
-from hilum.archive.values import read_image, read_label_map
+from hilum.archive.files.raw import ImageHeader, RawVoxels, check_size
+from hilum.archive.files.values import read_image, read_label_map
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume
 
@@ -73,7 +73,7 @@ def read_header(path: Path) -> ImageHeader:
 
 
 def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
-    """Read one volume of a MetaImage or NRRD file; see `hilum.archive.values.read_image`.
+    """Read one volume of a MetaImage or NRRD file; see `hilum.archive.files.values.read_image`.
 
     volume  number along the axis that is not space
     """
@@ -81,7 +81,7 @@ def read(path: Path, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
 
 
 def read_label(path: Path) -> Volume:
-    """Read a label map; see `hilum.archive.values.read_label_map`."""
+    """Read a label map; see `hilum.archive.files.values.read_label_map`."""
     return read_label_map(read_header(path))
 
 

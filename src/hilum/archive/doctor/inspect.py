@@ -14,12 +14,12 @@ import numpy as np
 
 from hilum import figures
 from hilum.archive.dicom.header import looks_like_dicom
+from hilum.archive.doctor.look import Look, describe, look, look_in_store
 from hilum.archive.intake import crashed
 from hilum.archive.ledger import REASONS, Entry, read_ledger
-from hilum.archive.look import Look, describe, look, look_in_store
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find
-from hilum.archive.store import Store
+from hilum.archive.store.store import Store
 from hilum.archive.workers import Crashed, run
 from hilum.errors import InputError, UsageError
 from hilum.pages import Page

@@ -1,0 +1,1 @@
+"""Pages about one scan (`inspect`) and about a whole archive (`overview`)."""

@@ -1,0 +1,1 @@
+"""What the voxels of a scan say: whether they are sound, what they show, and what they would give away."""
