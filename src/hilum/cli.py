@@ -30,6 +30,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; one per core by default.")]
 Engine = Annotated[str, typer.Option(help="local, or ray: a cluster whose nodes see the same files.")]
+Accept = Annotated[
+    list[str] | None, typer.Option(help="gap=6mm: put uneven slices on even steps when no gap is larger.")
+]
+Resample = Annotated[list[str] | None, typer.Option(help="tilt: make sheared scans (gantry tilt) right-angled.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
@@ -100,39 +104,51 @@ def phantom(
 
 @app.command()
 def scan(
-    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
+    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, MetaImage, NRRD, NumPy, PNG, JPEG files.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Ledger (Parquet) to write.")] = None,
-    pixels: Annotated[bool, typer.Option(help="Also read all pixels, as prepare will.")] = False,
+    pixels: Annotated[bool, typer.Option(help="Also read and judge all pixels, as prepare will.")] = False,
+    accept: Accept = None,
+    resample: Resample = None,
     num_workers: Workers = None,
     engine: Engine = "local",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """What is in an archive, and what is wrong with it: one row per scan and refused file."""
+    from hilum.archive.policy import parse_policy
     from hilum.archive.scan import scan_to
     from hilum.terminal import Reporter
 
+    policy = parse_policy(accept=accept or (), resample=resample or ())
     with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
-        counts = scan_to(out, archive, pixels=pixels, num_workers=num_workers, engine=engine, progress=progress)
+        counts = scan_to(
+            out, archive, pixels=pixels, policy=policy, num_workers=num_workers, engine=engine, progress=progress
+        )
     _print(counts, as_json, _ledger_text(counts))
 
 
 @app.command()
 def prepare(
-    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, PNG and JPEG files.")],
+    archive: Annotated[Path, typer.Argument(help="A folder of DICOM, NIfTI, MetaImage, NRRD, NumPy, PNG, JPEG files.")],
     out: Out,
     min_slices: Annotated[int, typer.Option(help="Leave out scans with fewer; single images are always kept.")] = 5,
+    accept: Accept = None,
+    resample: Resample = None,
+    drop: Annotated[list[str] | None, typer.Option(help="duplicates: of scans with the same voxels keep one.")] = None,
+    deface: Annotated[bool, typer.Option(help="Remove faces from head scans.")] = True,
     num_workers: Workers = None,
     engine: Engine = "local",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Archive → store. Interrupted, it goes on when the same command is run again."""
-    from hilum.archive.policy import Policy
+    from hilum.archive.policy import parse_policy
     from hilum.archive.prepare import prepare as run
     from hilum.terminal import Reporter
 
-    policy = Policy(min_slices=min_slices)
+    policy = parse_policy(
+        min_slices=min_slices, accept=accept or (), resample=resample or (), drop=drop or (), deface=deface
+    )
     with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
         counts = run(archive, out, policy=policy, num_workers=num_workers, engine=engine, progress=progress)
     _print(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
@@ -291,7 +307,7 @@ def info(model: Annotated[Path, typer.Argument(help="An exported encoder's folde
 
 
 def _ledger_text(counts: dict[str, Any]) -> str:
-    from hilum.archive.ledger import REASONS
+    from hilum.archive.reasons import REASONS
     from hilum.terminal import format_table
 
     used = f"used: {counts['num_used']:,} scans in {counts['num_files_used']:,} of {counts['num_files']:,} files"

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from hilum import figures
 from hilum.archive.files.nifti import read_label
-from hilum.archive.ledger import REASONS, Entry, count
+from hilum.archive.ledger import Entry, count
 from hilum.archive.phantom import ORGAN
 from hilum.archive.privacy import Key
+from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
 from hilum.encode.contract import prepare_slice
 from hilum.encode.embed import read_mask_table

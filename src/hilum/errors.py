@@ -32,7 +32,7 @@ class InputError(HilumError):
 class ScanRefused(HilumError):
     """One scan cannot be read with certainty. In a batch it becomes a ledger row, never a crash.
 
-    reason  a code from `hilum.archive.ledger.REASONS`
+    reason  a code from `hilum.archive.reasons.REASONS`
     detail  the numbers behind it, free of identifiers
     """
 

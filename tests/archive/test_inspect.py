@@ -12,12 +12,12 @@ from hilum import figures
 from hilum.archive import workers
 from hilum.archive.doctor import inspect as inspect_module
 from hilum.archive.doctor import look as look_module
-from hilum.archive.doctor.advice import advice
 from hilum.archive.doctor.display import direction, middle_planes, oblique_deg, slice_panels
 from hilum.archive.doctor.inspect import inspect, sparkline, terminal_text, verdict_lines, write_page
 from hilum.archive.doctor.look import describe, look
-from hilum.archive.ledger import REASONS, Entry
+from hilum.archive.ledger import Entry
 from hilum.archive.prepare import prepare
+from hilum.archive.reasons import REASONS
 from hilum.archive.scan import find
 from hilum.errors import InputError, UsageError
 from hilum.volume import Volume
@@ -171,7 +171,7 @@ def test_a_folder_lists_all_and_shows_the_best_first(here, write_series, voxels,
     assert refused["steps_mm"] == {"median": 2.0, "min": 2.0, "max": 5.0}
     assert refused["sentence"] == REASONS["irregular_spacing"].sentence
     assert refused["detail"] in " ".join(verdict_lines(refused))
-    assert refused["advice"] == advice("irregular_spacing") != ""
+    assert refused["advice"] == REASONS["irregular_spacing"].advice
     one = inspect(tmp_path / "archive", series=refused["key"][:6], key=key)
     assert [record["key"] for record in one["scans"]] == [refused["key"]]
     with pytest.raises(InputError, match="no scan begins with the key 'zz'"):
@@ -280,8 +280,7 @@ def test_every_reason_can_be_told(tmp_path):
     for reason in REASONS:
         assert html.escape(REASONS[reason].sentence) in page
         assert f"({reason})" in text
-        assert advice(reason).endswith(".")
-    assert advice("") == ""
+        assert REASONS[reason].advice.endswith(".")
 
 
 def test_sparkline_heights_follow_the_counts():

@@ -13,9 +13,10 @@ import pytest
 
 from hilum.archive.doctor import overview
 from hilum.archive.doctor.overview import aggregate, choose, show
-from hilum.archive.ledger import LEDGER_SCHEMA, REASONS, Entry, count, flag, write_entries, write_ledger
+from hilum.archive.ledger import LEDGER_SCHEMA, Entry, count, write_entries, write_ledger
 from hilum.archive.phantom import write_phantom
 from hilum.archive.prepare import prepare
+from hilum.archive.reasons import REASONS, flag
 from hilum.archive.scan import scan
 from hilum.errors import InputError
 

@@ -12,7 +12,8 @@ from PIL import Image
 from hilum.archive import ledger, spill
 from hilum.archive import scan as scanning
 from hilum.archive.intake import read_scan
-from hilum.archive.ledger import REASONS, Entry, count, read_entries, read_ledger, vendor_family, write_ledger
+from hilum.archive.ledger import Entry, count, read_entries, read_ledger, vendor_family, write_ledger
+from hilum.archive.reasons import REASONS
 from hilum.archive.scan import find, scan, scan_to, walk
 from hilum.archive.workers import run
 from hilum.errors import InputError, ScanRefused

@@ -10,9 +10,9 @@ import pytest
 
 from hilum.archive.intake import read_scan
 from hilum.archive.judge.screening import neighbour_correlation, note_background, num_repeated_slices, screen
-from hilum.archive.ledger import FLAGS, REASONS
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.privacy import Key
+from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.scan import find
 from hilum.archive.store.content import measure_content
 from hilum.errors import ScanRefused

@@ -9,8 +9,9 @@ from hilum.archive.judge.burned_in import burned_in_score
 from hilum.archive.judge.face import deface, face_score
 from hilum.archive.judge.residual import residual_identifiers
 from hilum.archive.judge.screening import screen
-from hilum.archive.ledger import Entry, flag
+from hilum.archive.ledger import Entry
 from hilum.archive.policy import AS_IS, Policy
+from hilum.archive.reasons import flag
 from hilum.errors import GeometryError, ScanRefused
 from hilum.volume import Volume
 

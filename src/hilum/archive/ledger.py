@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.spill import Spill, decode, encode, private_folder
 from hilum.errors import InputError
 from hilum.records import open_table, read_batches
@@ -20,96 +21,6 @@ from hilum.records import open_table, read_batches
 LEDGER_VERSION = 2
 _PORTION = 1024  # rows turned into a table at once
 
-
-@dataclass(frozen=True)
-class Reason:
-    """Why files were not used.
-
-    sentence  for the user
-    fault     True when this looked like a usable scan but could not be used; False when set aside by design
-    """
-
-    sentence: str
-    fault: bool
-
-
-REASONS: dict[str, Reason] = {
-    # Faults: somebody may want to repair these.
-    "unreadable": Reason("The file or folder cannot be opened (permission, broken link, failing disk).", True),
-    "corrupt": Reason("The file begins like a known format but cannot be parsed.", True),
-    "detached_voxels": Reason(
-        "The header keeps its voxels in other files: missing, several, or not in its folder.", True
-    ),
-    "truncated": Reason("The file ends before its image does, or holds no pixels at all.", True),
-    "cannot_decode": Reason("The pixel data cannot be decoded: no decoder, or a broken stream.", True),
-    "reader_crashed": Reason("The reading process died on this scan; it was left out, the others went on.", True),
-    "no_geometry": Reason("Position, orientation or spacing is missing or not usable.", True),
-    "bad_orientation": Reason("The direction vectors are not of unit length or not at right angles.", True),
-    "mixed_orientations": Reason("Nearly every slice has its own orientation: a radial scan, no stack.", True),
-    "mixed_patients": Reason("One series identifier is shared by several patients or studies.", True),
-    "missing_slices": Reason("Slices are missing: some distances are multiples of the others.", True),
-    "irregular_spacing": Reason("The distance between slices changes, not in whole multiples.", True),
-    "positions_not_on_a_line": Reason("The slice positions do not lie on one straight line.", True),
-    "duplicate_positions": Reason("Several slices share a position and no attribute tells the volumes apart.", True),
-    "incomplete_volume": Reason("This part of a split series has fewer slices than its sisters.", True),
-    "no_rescale": Reason("A CT without RescaleSlope and RescaleIntercept has no Hounsfield units.", True),
-    "not_hu": Reason("The series calls itself CT but its values are another quantity than Hounsfield units.", True),
-    "non_finite": Reason("Voxels are NaN or infinite.", True),
-    "too_large": Reason("The image claims more voxels than fit here, or than any radiological image has.", True),
-    "labels_off_grid": Reason("Labels (a mask, SEG or RTSTRUCT) do not lie on the grid of the scan.", True),
-    # Set aside by design.
-    "not_an_image": Reason("No image: a document, a table, or an unknown format.", False),
-    "other_format": Reason("An image format that this version does not read.", False),
-    "dicomdir": Reason("A DICOMDIR: a directory of other files.", False),
-    "localizer": Reason("A localizer or scout.", False),
-    "secondary_capture": Reason("A secondary capture: a screenshot or a page of text.", False),
-    "projection": Reason("A projection image (radiograph, mammogram, angiogram).", False),
-    "ultrasound": Reason("Ultrasound.", False),
-    "segmentation": Reason("A DICOM segmentation: labels, not an image.", False),
-    "structure_set": Reason("An RTSTRUCT: contours, not an image.", False),
-    "report": Reason("A report or document in DICOM form.", False),
-    "presentation": Reason("A presentation state: how to display other images.", False),
-    "parametric_map": Reason("A parametric map: computed values, not an image.", False),
-    "other_modality": Reason("An image of another modality than CT or MR.", False),
-    "other_object": Reason("A DICOM object that is neither image nor report.", False),
-    "multiframe": Reason("Several frames in one file, in a form other than enhanced CT or MR.", False),
-    "mosaic": Reason("A mosaic (a volume tiled into one image) that does not say where its tiles lie.", True),
-    "derived": Reason("A computed map, projection or curved reformat, not the acquired image.", False),
-    "colour": Reason("A colour image.", False),
-    "label_map": Reason("A label map: class numbers, not an image.", False),
-    "not_3d": Reason("An image file whose axes are not space and time (vectors, spectra).", False),
-    "constant": Reason("All voxels have one value: an empty image or an empty label map.", False),
-    "duplicate_instance": Reason("A slice that exists twice (by SOPInstanceUID); one copy is used.", False),
-    "nearly_constant": Reason("Almost all voxels have one value.", False),
-    "few_levels": Reason("Too few different grey values for an image.", False),
-    "noise": Reason("Neighbouring voxels have nothing to do with each other: noise, not an image.", True),
-    "repeated_slices": Reason("Most slices are copies of their neighbours.", True),
-    "small_matrix": Reason("Too few rows or columns for an image.", False),
-    "too_few_slices": Reason("Fewer slices than asked for.", False),
-}
-
-# Cautions on a scan that is used: written "code: numbers". Guesses are marked as such.
-FLAGS: dict[str, str] = {
-    "modality_guessed": "CT or MR guessed from the values; the file does not say.",
-    "spacing_tag": "SpacingBetweenSlices disagrees with the positions, which count.",
-    "split_by_order": "Volumes told apart by the order of InstanceNumber alone; no other attribute does.",
-    "lossy": "The pixels went through lossy compression, with the ratio when it is stated.",
-    "philips_scaling": "Values are the displayed ones (rescaled), not the precise ones that Philips keeps apart.",
-    "sform_qform": "The two affines of a NIfTI file disagree (corners in mm, axes in degrees); the sform counts.",
-    "pixdim": "The voxel sizes of a NIfTI header disagree with its affine, which counts.",
-    "gaps_between": "Slices are thinner than the distance between them: tissue between them was not imaged.",
-    "hu_suspect": "A CT whose values do not prove to be Hounsfield units.",
-    "noisy": "Neighbouring voxels have little to do with each other.",
-    "few_levels": "Few different grey values.",
-    "saturated": "Many voxels stand at the highest value: bright tissue may be cut off.",
-    "repeated_slices": "Some slices are copies of their neighbours.",
-    "small_matrix": "Few rows or columns.",
-    "field_size": "An unlikely field of view: a crop, or a spacing in another unit.",
-    "mostly_background": "Few slices, or none, show anatomy on half of their area (Curia-2 trains on no others).",
-    "burned_in": "Pixels look like rendered text (score 0 to 1): names may be burned into the image.",
-    "residual_identifiers": "The header still carries what looks like identifiers (score 0 to 1, attributes).",
-    "face": "A head whose face could be rendered (score 0 to 1).",
-}
 
 VENDORS = ("SIEMENS", "GE", "PHILIPS", "CANON", "TOSHIBA", "HITACHI", "FUJIFILM", "UIH", "HYPERFINE", "NEUSOFT")
 
@@ -174,12 +85,6 @@ class Entry:
     def verdict(self) -> str:
         """ "used", "repaired" (used, after something was set right) or "refused"."""
         return "refused" if self.reason else "repaired" if self.repairs else "used"
-
-
-def flag(code: str, numbers: str = "") -> str:
-    """A caution for `Entry.flags`."""
-    assert code in FLAGS, code
-    return f"{code}: {numbers}" if numbers else code
 
 
 LEDGER_SCHEMA = pa.schema(

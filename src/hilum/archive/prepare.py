@@ -25,6 +25,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from hilum.archive.copies import find_copies
 from hilum.archive.intake import crashed, refuse, take_in
 from hilum.archive.judge.screening import note_background
 from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_entries, write_sorted
@@ -36,9 +37,12 @@ from hilum.archive.scan import Listing, examine, walk
 from hilum.archive.store.store import (
     Row,
     check_header,
+    drop_rows,
     index_path,
     merge_indexes,
     open_for_writing,
+    read_index,
+    volume_path,
     write_header,
     write_index,
     write_volume,
@@ -115,7 +119,7 @@ def prepare(
                         store, listing, key, policy, num_workers, engine, progress
                     )
                     _fill(plan, store, policy, num_workers, engine, progress)
-                    _finish(plan, store, header)
+                    _finish(plan, store, header, policy)
             _drop_parts(store)
             drop_plan(work)
     counts = count(read_entries(store / "ledger.parquet"))
@@ -292,11 +296,16 @@ def _num_done(store: Path) -> int:
     return sum(int(pq.read_metadata(_part(store, n)[1]).num_rows) for n in range(_num_parts(store)))
 
 
-def _finish(plan: Plan, store: Path, header: dict[str, Any]) -> None:
+def _finish(plan: Plan, store: Path, header: dict[str, Any], policy: Policy) -> None:
     """Join the parts, then say "complete"; the parts go last: a kill between any two steps loses nothing."""
     parts = [_part(store, n) for n in range(_num_parts(store))]
     merge_indexes(index_path(store), [index for index, _ in parts])
-    done = (entry for table in merge_tables([ledger for _, ledger in parts]) for entry in entries_of(table))
+    copies = find_copies(read_index(index_path(store)), policy)
+    if copies.drop:
+        drop_rows(index_path(store), copies.drop)
+        for key in copies.drop:
+            volume_path(store, key).unlink(missing_ok=True)
+    done = (copies.note(e) for table in merge_tables([ledger for _, ledger in parts]) for e in entries_of(table))
     aside = (entry for entry in plan.entries() if not entry.used)
     write_sorted(store / "ledger.parquet", heapq.merge(aside, done, key=lambda e: e.key))
     write_header(store, {**header, "status": "complete"})

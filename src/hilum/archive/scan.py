@@ -77,7 +77,7 @@ def walk(archive: Path, progress: Progress | None = None) -> Listing:
     if "." in closed:
         raise InputError(f"{archive} cannot be read (no permission); expected a folder with scans. Check its owner")
     if not num_files and not closed:
-        raise InputError(f"{archive} is empty; expected a folder with DICOM, NIfTI, PNG or JPEG files. Check the path")
+        raise InputError(f"{archive} is empty; expected a folder with scans. Check the path")
     return Listing(archive, num_files, digest.hexdigest(), tuple(closed))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from hilum.archive.intake import read_scan
 from hilum.archive.labels import read_labels
-from hilum.archive.ledger import REASONS
 from hilum.archive.privacy import Key, read_key
+from hilum.archive.reasons import REASONS
 from hilum.archive.scan import find
 from hilum.archive.store.store import Store
 from hilum.encode.features import LEVELS, Scan, feature_rows, write_rows

@@ -23,7 +23,7 @@ from pydicom.uid import UID
 
 from hilum.archive.dicom.codecs import LOSSY, MAYBE_LOSSY, PLAIN, missing_decoder, syntax_name
 from hilum.archive.dicom.elements import Element, Elements
-from hilum.archive.ledger import flag
+from hilum.archive.reasons import flag
 
 # pydicom's own messages may quote identifiers; what matters in them reaches the ledger as a reason instead.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -125,7 +125,7 @@ class Header:
     number       InstanceNumber, 0 when absent
     corner       row and column of the slice's first pixel in its mosaic; () when the slice is a whole stored frame
     splits       values that may tell the volumes of one series apart, by keyword
-    flags        cautions as `hilum.archive.ledger.flag` writes them
+    flags        cautions as `hilum.archive.reasons.flag` writes them
     """
 
     path: Path

@@ -14,9 +14,10 @@ import numpy as np
 from hilum.archive.dicom.apart import tell_apart
 from hilum.archive.dicom.geometry import Stack, by_orientation, directions, stack
 from hilum.archive.dicom.header import Header
-from hilum.archive.ledger import Entry, flag, vendor_family
+from hilum.archive.ledger import Entry, vendor_family
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key
+from hilum.archive.reasons import flag
 from hilum.errors import ScanRefused
 from hilum.volume import Volume
 

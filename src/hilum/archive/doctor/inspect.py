@@ -16,8 +16,9 @@ from hilum import figures
 from hilum.archive.dicom.header import looks_like_dicom
 from hilum.archive.doctor.look import Look, describe, look, look_in_store
 from hilum.archive.intake import crashed
-from hilum.archive.ledger import REASONS, Entry, read_ledger
+from hilum.archive.ledger import Entry, read_ledger
 from hilum.archive.privacy import Key, read_key
+from hilum.archive.reasons import REASONS
 from hilum.archive.scan import find
 from hilum.archive.store.store import Store
 from hilum.archive.workers import Crashed, run

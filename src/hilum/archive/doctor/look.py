@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from hilum.archive.dicom.header import Header
 from hilum.archive.dicom.slices import read_headers
-from hilum.archive.doctor.advice import advice
 from hilum.archive.doctor.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
 from hilum.archive.files import nifti
 from hilum.archive.intake import read_entry, refuse, with_volume
-from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS, Entry
+from hilum.archive.ledger import LEDGER_SCHEMA, Entry
+from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.store.store import Store
 from hilum.errors import ScanRefused
 from hilum.figures import Panel, window
@@ -80,7 +80,7 @@ def describe(entry: Entry, vol: Volume | None = None) -> Look:
     reason = REASONS.get(entry.reason)
     record["sentence"] = reason.sentence if reason else ""
     record["fault"] = bool(reason and reason.fault)
-    record["advice"] = advice(entry.reason)
+    record["advice"] = REASONS[entry.reason].advice if entry.reason else ""
     record |= {"shape": None, "unit": "", "geometry": None, "values": None, "remarks": []}
     if vol is None:
         return Look(record)

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hilum import figures
-from hilum.archive.doctor.advice import advice
 from hilum.archive.doctor.display import PLANE_NAMES, edge_letters, slice_panels
 from hilum.archive.intake import read_entry
-from hilum.archive.ledger import FLAGS, LEDGER_SCHEMA, REASONS
+from hilum.archive.ledger import LEDGER_SCHEMA
 from hilum.archive.privacy import Key, read_key
+from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.scan import find
 from hilum.archive.store.store import Store, check_header
 from hilum.archive.workers import Crashed, default_num_workers, run
@@ -346,7 +346,7 @@ def _add_reasons(page: Page, totals: Totals) -> None:
                 [kind, "files", "rows", "meaning", "what to do"],
                 [
                     [f"`{r['reason']}`", f"{r['num_files']:,}", f"{r['num_rows']:,}", REASONS[r["reason"]].sentence,
-                     advice(r["reason"])]
+                     REASONS[r["reason"]].advice]
                     for r in part
                 ],
             )  # fmt: skip

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hilum.archive.files.raw import ImageHeader, RawVoxels, check_size
 from hilum.archive.files.values import read_image, read_label_map
-from hilum.archive.ledger import flag
+from hilum.archive.reasons import flag
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray, Volume
 

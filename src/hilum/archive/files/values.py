@@ -1,7 +1,7 @@
 """What voxel values say where the file does not: no value, class numbers, or Hounsfield units.
 
 NIfTI, MetaImage, NRRD and NumPy files do not say whether their voxels are an image or class numbers, nor whether they
-are CT or MR. Both are decided by stated rules (`is_label_map`, `looks_like_hu`); the second is recorded as a guess.
+are CT or MR. Both are decided by stated rules (`is_label_map`, `check_hounsfield`); the second is recorded as a guess.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hilum.archive.files.raw import ImageHeader, read_stored
+from hilum.archive.judge.hounsfield import check_hounsfield
 from hilum.errors import ScanRefused
 from hilum.volume import Volume, to_slices
 
@@ -34,7 +35,7 @@ def read_image(header: ImageHeader, volume: int = 0) -> tuple[Volume, tuple[str,
     if header.labels or is_label_map(voxels):
         raise ScanRefused("label_map", "by its header" if header.labels else "by its values")
     compact = _compact(voxels)
-    ct = looks_like_hu(compact)
+    ct = check_hounsfield(compact).verdict == "hu"
     vol = Volume(voxels=compact, affine=header.affine, modality="CT" if ct else "OT", unit="HU" if ct else "")
     return to_slices(vol), repairs
 
@@ -122,16 +123,3 @@ def is_label_map(voxels: NDArray[Any]) -> bool:
         equal += int(((turned[1:] == turned[:-1]) & either).sum())
         counted += int(either.sum())
     return equal >= 0.3 * counted
-
-
-def looks_like_hu(voxels: NDArray[Any]) -> bool:
-    """Whether voxels are surely Hounsfield units: whole numbers, air and soft tissue both present, little else.
-
-    Air is at or below −900, soft tissue, fat and water within ±200: each must make up 5 % of the voxels and both
-    together 60 %. An MR with negative values (phase, difference) has no such two peaks.
-    """
-    if voxels.dtype.kind not in "iu" or voxels.min() > -900:
-        return False
-    air = float((voxels <= -900).mean())
-    tissue = float((np.abs(voxels) <= 200).mean())
-    return min(air, tissue) >= 0.05 and air + tissue >= 0.6

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from hilum.archive.judge.anatomy import guess_plane, guess_region
 from hilum.archive.judge.duplicates import look_hash
 from hilum.archive.judge.hounsfield import check_hounsfield, thin
-from hilum.archive.ledger import flag
+from hilum.archive.reasons import flag
 from hilum.volume import Volume
 
 SMALLEST_SIDE, SMALL_SIDE = 16, 32  # voxels

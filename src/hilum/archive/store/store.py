@@ -268,6 +268,13 @@ def merge_indexes(target: Path, sources: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
+def drop_rows(path: Path, keys: frozenset[str]) -> None:
+    """Take rows out of an index file."""
+    batches = Rows(path).table.to_batches(BATCH_ROWS)
+    dropped = pa.array(sorted(keys), pa.string())
+    _write_tables(path, (pa.Table.from_batches([b]).filter(pc.invert(pc.is_in(b["key"], dropped))) for b in batches))
+
+
 def _merged(tables: list[Any]) -> Iterator[Any]:
     """Pieces of the merged table. Rows of one source stay in order, so each piece takes the next few of each source."""
     keys = pa.chunked_array([c for t in tables for c in t["key"].chunks], pa.string())
