@@ -12,6 +12,7 @@ from hilum.archive.reasons import flag
 from hilum.archive.store.store import Rows
 from hilum.errors import UsageError
 
+FEWEST_SLICES = 5  # 64 bits of a single slice agree too often: 1,104 flags on the 4,069 scans at hand, 3 on volumes
 MOST_FLAGS = 5  # of copies, that one row of the ledger names
 
 
@@ -45,7 +46,8 @@ def find_copies(rows: Rows, policy: Policy) -> Copies:
     flags: dict[str, list[str]] = defaultdict(list)
     for key, first in of.items():
         flags[key].append(flag("duplicate", f"same voxels as {first}"))
-    alike = [n for n, key in enumerate(keys) if key not in of]
+    num_slices = [shape[0] for shape in rows.table["shape"].to_pylist()]
+    alike = [n for n, key in enumerate(keys) if key not in of and num_slices[n] >= FEWEST_SLICES]
     try:
         near = near_duplicates(
             [keys[n] for n in alike],
