@@ -50,25 +50,35 @@ def take_in(entry: Entry, policy: Policy = AS_IS) -> Intake:
         vol, repairs = read_entry(entry, policy)
     except ScanRefused as refused:
         return Intake(refuse(entry, refused.reason, refused.detail))
+    entry, look_hash = judge(entry, vol, repairs)
+    if not entry.used:
+        return Intake(entry)
+    if not policy.deface:
+        return Intake(_note_face(entry, face_score(vol)), vol, look_hash)
+    vol, face, num_replaced = deface(vol)
+    if num_replaced:
+        entry = replace(entry, repairs=(*entry.repairs, f"defaced: {num_replaced} voxels replaced"))
+    return Intake(_note_face(entry, face), vol, look_hash)
+
+
+def judge(entry: Entry, vol: Volume, repairs: Sequence[str]) -> tuple[Entry, int]:
+    """What the voxels of a scan say: its entry, used or refused, and its look hash."""
     seen = screen(vol)
     entry = replace(with_volume(entry, vol, repairs), plane=seen.plane, region=seen.region)
-    if seen.refusal:
-        return Intake(refuse(entry, *seen.refusal))
     flags = [*entry.flags, *seen.flags]
     if (text := burned_in_score(vol)) >= LIKELY:
         flags.append(flag("burned_in", f"{text:.2f}"))
-    vol, face, num_replaced = deface(vol) if policy.deface else (vol, face_score(vol), 0)
-    if face >= LIKELY:
-        flags.append(flag("face", f"{face:.2f}" + (", removed" if num_replaced else "")))
-    if num_replaced:
-        entry = replace(entry, repairs=(*entry.repairs, f"defaced: {num_replaced} voxels replaced"))
-    return Intake(replace(entry, flags=tuple(dict.fromkeys(flags))), vol, seen.look_hash)
+    entry = replace(entry, flags=tuple(dict.fromkeys(flags)))
+    return (refuse(entry, *seen.refusal) if seen.refusal else entry), seen.look_hash
 
 
-def check(entry: Entry, policy: Policy = AS_IS) -> Entry:
-    """A used entry with all that its files show: what `take_in` sees, and identifiers left in a DICOM header."""
-    entry = take_in(entry, policy).entry
-    if not entry.used or entry.reader != "dicom":
+def _note_face(entry: Entry, score: float) -> Entry:
+    return entry if score < LIKELY else replace(entry, flags=(*entry.flags, flag("face", f"{score:.2f}")))
+
+
+def note_identifiers(entry: Entry) -> Entry:
+    """An entry with the caution "residual_identifiers", if the header of its first DICOM file still holds some."""
+    if entry.reader != "dicom":
         return entry
     score, places = residual_identifiers(entry.paths[0])
     if score < LIKELY:
@@ -76,6 +86,12 @@ def check(entry: Entry, policy: Policy = AS_IS) -> Entry:
     more = f" and {len(places) - MOST_PLACES} more" if len(places) > MOST_PLACES else ""
     found = flag("residual_identifiers", f"{score:.2f} {' '.join(places[:MOST_PLACES])}{more}")
     return replace(entry, flags=(*entry.flags, found))
+
+
+def check(entry: Entry, policy: Policy = AS_IS) -> Entry:
+    """A used entry with all that its files show: what `take_in` sees, and identifiers left in a DICOM header."""
+    entry = take_in(entry, policy).entry
+    return note_identifiers(entry) if entry.used else entry
 
 
 def judge_kind(entry: Entry) -> Entry:

@@ -14,7 +14,7 @@ from hilum.archive.dicom.header import Header
 from hilum.archive.dicom.slices import read_headers
 from hilum.archive.doctor.display import PLANE_NAMES, middle_planes, oblique_deg, orientation_words, slice_panels
 from hilum.archive.files import nifti
-from hilum.archive.intake import read_entry, refuse, with_volume
+from hilum.archive.intake import judge, note_identifiers, read_entry, refuse
 from hilum.archive.ledger import LEDGER_SCHEMA, Entry
 from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.store.store import Store
@@ -55,7 +55,7 @@ def look(entry: Entry) -> Look:
         except ScanRefused as refused:
             entry = refuse(entry, refused.reason, refused.detail)
         else:
-            return describe(with_volume(entry, vol, notes), vol)
+            return describe(note_identifiers(judge(entry, vol, notes)[0]), vol)
     return _look_at_refused(entry)
 
 
