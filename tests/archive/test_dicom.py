@@ -256,8 +256,8 @@ def test_two_matrix_sizes_in_one_series_are_split(write_series, voxels, tmp_path
     write_series(voxels[:, :8], prefix="b", edit=lambda k, d: setattr(d, "SOPInstanceUID", f"1.2.3.{k}"))
     found = scan(tmp_path / "archive", key)
     assert sorted((e.rows, e.split_by, e.used) for e in found) == [
-        (8, "Rows,Columns,PixelSpacing", True),
-        (9, "Rows,Columns,PixelSpacing", True),
+        (8, "Rows,Columns,PixelSpacing,FrameOfReferenceUID", True),
+        (9, "Rows,Columns,PixelSpacing,FrameOfReferenceUID", True),
     ]
     assert len({e.key for e in found}) == 2
 
@@ -297,7 +297,7 @@ def test_several_orientations_are_never_stacked(write_series, voxels, tmp_path, 
     )  # fmt: skip
     found = sorted(scan(tmp_path / "archive", key), key=lambda e: e.orientation)
     assert [(e.orientation, e.num_files, e.split_by) for e in found] == [
-        ("LIP", 3, "Rows,Columns,PixelSpacing"), ("SPL", 3, "Rows,Columns,PixelSpacing"),
+        (plane, 3, "Rows,Columns,PixelSpacing,FrameOfReferenceUID") for plane in ("LIP", "SPL")
     ]  # fmt: skip
 
 

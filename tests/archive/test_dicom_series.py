@@ -184,3 +184,144 @@ def test_frames_of_one_file_are_counted_once(key, tmp_path):
     found = sorted(entries(frames, tmp_path, key), key=lambda e: e.frames)
     assert [(e.frames, e.num_slices) for e in found] == [((0, 1, 2), 3), ((3, 4, 5), 3)]
     assert sum(e.num_files for e in found) == 1
+
+
+def verdicts(archive, key):
+    """Of each row: reason, number of slices, distance of slices in mm, what split it."""
+    return sorted(
+        (e.reason, e.num_slices, round(e.spacing_mm[0], 3) if e.spacing_mm else 0.0, e.split_by)
+        for e in find(archive, key)
+    )
+
+
+@pytest.mark.parametrize(("keyword", "values"), [("EchoTime", (10, 90)), ("ConvolutionKernel", ("B30f", "B80f"))])
+def test_two_volumes_on_interleaved_positions_are_never_one(write_volume, tmp_path, key, keyword, values):
+    for n, value in enumerate(values):
+        write_volume(n, num_slices=10, start=10.0 + 1.0 * n, **{keyword: value})
+    assert verdicts(tmp_path / "archive", key) == [("", 10, 2.0, keyword)] * 2
+    assert volumes(find(tmp_path / "archive", key)) == [{0}, {1}]
+
+
+def test_interleaved_passes_are_not_volumes(write_volume, tmp_path, key):
+    """Two dynamics, each acquired in two passes of every other slice: four acquisition times, two volumes."""
+    for n in range(2):
+        write_volume(n, num_slices=10, edit=lambda k, d, n=n: setattr(d, "AcquisitionTime", f"12000{2 * n + k % 2}"),
+                     TemporalPositionIdentifier=n + 1)  # fmt: skip
+    assert verdicts(tmp_path / "archive", key) == [("", 10, 2.0, "TemporalPositionIdentifier")] * 2
+
+
+def test_one_value_written_in_two_ways(write_volume, tmp_path, key):
+    write_volume(0, edit=lambda k, d: setattr(d, "EchoTime", "4.6" if k % 2 else "4.60"))
+    assert verdicts(tmp_path / "archive", key) == [("", 4, 2.0, "")]
+
+
+@pytest.mark.parametrize("angle", [0.0012, 0.003])
+def test_orientations_that_waver_are_one_stack(write_volume, tmp_path, key, angle):
+    turned = lambda k, d: setattr(  # noqa: E731
+        d, "ImageOrientationPatient", [1, 0, 0, 0, round(float(np.cos(angle * (k % 2))), 8), round(angle * (k % 2), 8)]
+    )
+    write_volume(0, num_slices=20, edit=turned)
+    assert verdicts(tmp_path / "archive", key) == [("", 20, 2.0, "")]
+
+
+def test_two_orientations_in_turn_are_refused(write_volume, tmp_path, key):
+    turned = lambda k, d: setattr(  # noqa: E731
+        d, "ImageOrientationPatient", [1, 0, 0, 0, round(float(np.cos(0.03 * (k % 2))), 8), round(0.03 * (k % 2), 8)]
+    )
+    write_volume(0, num_slices=20, edit=turned)
+    ((reason, num, _, _),) = verdicts(tmp_path / "archive", key)
+    assert (reason, num) == ("mixed_orientations", 20)
+
+
+def test_pixel_spacing_written_with_other_digits(write_volume, tmp_path, key):
+    write_volume(
+        0, num_slices=20, edit=lambda k, d: setattr(d, "PixelSpacing", [("0.68359375", "0.683594")[k % 2]] * 2)
+    )
+    assert [row[:3] for row in verdicts(tmp_path / "archive", key)] == [("", 20, 2.0)]
+
+
+@pytest.mark.parametrize("step", [0.625, 0.9375, 1.25])
+def test_positions_rounded_to_a_tenth_of_a_millimetre(write_series, tmp_path, key, step):
+    voxels = np.arange(40 * 30, dtype=np.uint16).reshape(40, 6, 5)
+    write_series(voxels, positions=[(0, 0, round(step * k, 1)) for k in range(40)])
+    ((reason, num, spacing, _),) = verdicts(tmp_path / "archive", key)
+    assert (reason, num) == ("", 40)
+    assert spacing == pytest.approx(step, rel=0.01)
+
+
+@pytest.mark.parametrize("gone", [1, 20, 38])
+def test_one_missing_slice_shows_also_in_rounded_positions(write_series, tmp_path, key, gone):
+    voxels = np.arange(40 * 30, dtype=np.uint16).reshape(40, 6, 5)
+    write_series(np.delete(voxels, gone, 0), positions=[(0, 0, round(0.625 * k, 1)) for k in range(40) if k != gone])
+    ((reason, *_),) = verdicts(tmp_path / "archive", key)
+    assert reason in ("missing_slices", "irregular_spacing")
+
+
+def test_two_spacings_are_not_missing_slices(write_series, tmp_path, key):
+    z = [*np.arange(20) * 2.5, *(47.5 + 5.0 * np.arange(1, 11))]
+    write_series(np.arange(900, dtype=np.uint16).reshape(30, 6, 5), positions=[(0, 0, v) for v in z])
+    assert [row[0] for row in verdicts(tmp_path / "archive", key)] == ["irregular_spacing"]
+
+
+def test_a_stray_image_leaves_the_others_alone(write_volume, tmp_path, key):
+    write_volume(0, num_slices=10)
+    write_volume(1, num_slices=1, ImagePositionPatient=None)
+    assert [row[:2] for row in verdicts(tmp_path / "archive", key)] == [("", 10), ("no_geometry", 1)]
+
+
+@pytest.mark.parametrize("num", [2, 10])
+def test_slices_sent_again_under_other_identifiers(write_volume, tmp_path, key, num):
+    number = lambda k, d: setattr(d, "InstanceNumber", k + 1)  # noqa: E731
+    write_volume(0, num_slices=10, edit=number)
+    write_volume(1, num_slices=num, edit=number)
+    found = verdicts(tmp_path / "archive", key)
+    assert [row[:2] for row in found] == [("", 10), ("duplicate_instance", num)]
+
+
+def test_one_instance_identifier_on_all_slices_loses_none(write_volume, tmp_path, key):
+    write_volume(0, num_slices=10, edit=lambda k, d: setattr(d, "SOPInstanceUID", "1.2.3"))
+    assert verdicts(tmp_path / "archive", key) == [("", 10, 2.0, "")]
+
+
+def test_the_shorter_of_two_stations_is_whole(write_volume, tmp_path, key):
+    write_volume(0, num_slices=12, start=0, AcquisitionNumber=1)
+    write_volume(1, num_slices=8, start=20, AcquisitionNumber=2)
+    assert verdicts(tmp_path / "archive", key) == [
+        ("", 8, 2.0, "AcquisitionNumber"),
+        ("", 12, 2.0, "AcquisitionNumber"),
+    ]
+
+
+def test_frames_of_reference_are_kept_apart(write_volume, tmp_path, key):
+    write_volume(0, start=0, FrameOfReferenceUID="1.1")
+    write_volume(1, start=8, FrameOfReferenceUID="1.2")
+    assert [row[:3] for row in verdicts(tmp_path / "archive", key)] == [("", 4, 2.0)] * 2
+
+
+def test_an_impossible_tilt_is_refused(write_volume, tmp_path, key):
+    write_volume(0, step=(0, 10.0, 0.5))
+    assert [row[0] for row in verdicts(tmp_path / "archive", key)] == ["positions_not_on_a_line"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("CSA MIP", "derived"), ("CT_SOM5 MIP", "derived"), ("I", "derived"), ("R", ""), ("M", "")]
+)
+def test_projections_and_parts_of_a_signal(write_volume, tmp_path, key, kind, reason):
+    write_volume(0, ImageType=["DERIVED", "SECONDARY", kind])
+    assert [row[0] for row in verdicts(tmp_path / "archive", key)] == [reason]
+
+
+def test_padding_that_uses_all_bits(write_series, tmp_path, key):
+    """Padding −2000 in a file that stores 12 of 16 bits: air, not the value that its low bits would make."""
+    stored = np.full((5, 8, 8), 1064, np.uint16)
+    stored[:, :, 4:] = 24
+    stored[:, 0, 0] = 63536
+    paths = write_series(stored, BitsStored=12, HighBit=11, edit=lambda k, d: d.add_new(0x00280120, "US", 63536))
+    vol, repairs = dicom.read(paths)
+    assert np.unique(vol.voxels).tolist() == [-1024, -1000, 40]
+    assert "5 padding pixels set to -1024 HU" in repairs
+
+
+def test_a_slope_of_zero_is_refused(write_volume, tmp_path, key):
+    write_volume(0, edit=lambda k, d: setattr(d, "RescaleSlope", 0 if k == 2 else 1))
+    assert ("no_rescale", 1) in [row[:2] for row in verdicts(tmp_path / "archive", key)]

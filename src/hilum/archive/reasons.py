@@ -90,7 +90,7 @@ REASONS: dict[str, Reason] = {
         "Send the series again: slices of this part did not arrive, or the scan was stopped.",
     ),
     "no_rescale": _fault(
-        "A CT without RescaleSlope and RescaleIntercept has no Hounsfield units.",
+        "No usable RescaleSlope and RescaleIntercept: a CT without them has no Hounsfield units.",
         "Export the original CT; a converter has dropped RescaleSlope and RescaleIntercept.",
     ),
     "not_hu": _fault(

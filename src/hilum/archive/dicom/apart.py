@@ -8,10 +8,12 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from hilum.archive.dicom.geometry import SMALLEST_MM, stack
+from hilum.archive.dicom.geometry import SMALLEST_MM, directions, stack
 from hilum.archive.dicom.header import SPLIT_KEYWORDS, Header
 from hilum.errors import ScanRefused
 
+# Attributes with one value in one volume: slices of two echoes, b-values or kernels are two volumes wherever they lie.
+_ONE_VALUE = ("EchoTime", "EffectiveEchoTime", "DiffusionBValue", "ConvolutionKernel", "KVP", "FlipAngle")
 MAX_ATTRIBUTES = 3  # that are combined
 
 
@@ -21,13 +23,11 @@ class Apart:
 
     keyword   attributes that tell them apart, comma-separated
     groups    value → slices; empty when nothing tells them apart, `detail` says what was found
-    complete  every volume should have as many slices as the largest
     by_order  only the order of InstanceNumber tells them apart
     """
 
     keyword: str
     groups: dict[str, list[Header]]
-    complete: bool = True
     by_order: bool = False
     detail: str = ""
 
@@ -40,10 +40,10 @@ def tell_apart(slices: Sequence[Header]) -> Apart | None:
     among equals the order of SPLIT_KEYWORDS decides. When nothing fits, the order of InstanceNumber may (`_by_number`);
     then volumes that overlap only in part are tried: more groups, each a stack of its own.
     """
-    place, _ = _codes([_place(h) for h in slices])
+    place = _places(slices)
     copies = int(np.bincount(place).max())
     if copies == 1:
-        return None
+        return _two_kinds(slices)
     partly: Apart | None = None
     for size in range(1, MAX_ATTRIBUTES + 1):
         uneven: Apart | None = None
@@ -56,8 +56,8 @@ def tell_apart(slices: Sequence[Header]) -> Apart | None:
                 return found
             if num_groups == copies:
                 uneven = uneven or found
-            elif partly is None and counts.min() > 1 and all(_is_stack(g) for g in found.groups.values()):
-                partly = Apart(found.keyword, found.groups, complete=False)
+            elif partly is None and counts.min() > 1 and _are_stations(slices, place, found.groups):
+                partly = found
         if uneven:
             return uneven
     detail = f"up to {copies} slices at one of {place.max() + 1} positions, and no attribute tells them apart"
@@ -70,7 +70,7 @@ def _choices(
     """Combinations of attributes that vary: (keywords, group number of each slice, number of groups)."""
     codes = {}
     for keyword in SPLIT_KEYWORDS:
-        code, num = _codes([h.splits.get(keyword, "") for h in slices])
+        code, num = _codes([_value(h, keyword) for h in slices])
         if num > 1 and (size == 1 or num <= copies):
             codes[keyword] = code
     for keywords in combinations(codes, size):
@@ -89,7 +89,7 @@ def _codes(values: Sequence[object]) -> tuple[NDArray[np.int64], int]:
 def _groups(slices: Sequence[Header], keywords: Sequence[str]) -> dict[str, list[Header]]:
     groups: dict[str, list[Header]] = defaultdict(list)
     for header in slices:
-        groups[",".join(header.splits.get(k, "") for k in keywords)].append(header)
+        groups[",".join(_value(header, k) for k in keywords)].append(header)
     return dict(groups)
 
 
@@ -117,13 +117,43 @@ def _by_number(slices: Sequence[Header], place: NDArray[np.int64], copies: int) 
     return Apart("InstanceNumber", dict(groups), by_order=True)
 
 
-def _is_stack(slices: Sequence[Header]) -> bool:
+def _two_kinds(slices: Sequence[Header]) -> Apart | None:
+    """Volumes on interleaved positions: an attribute that one volume cannot have two values of takes several."""
+    for keyword in _ONE_VALUE:
+        groups = _groups(slices, [keyword])
+        if len(groups) > 1 and min(len(g) for g in groups.values()) > 1:
+            return Apart(keyword, groups)
+    return None
+
+
+def _are_stations(slices: Sequence[Header], place: NDArray[np.int64], groups: dict[str, list[Header]]) -> bool:
+    """Whether groups are stacks that overlap at their ends: each as dense as all positions together."""
+    _, first = np.unique(place, return_index=True)
     try:
-        stack(slices)
+        steps = [stack(group).step_mm for group in groups.values()]
+        row, column = directions([slices[n] for n in first])
     except ScanRefused:
         return False
-    return True
+    along = np.sort(np.array([slices[n].position for n in first]) @ np.cross(row, column))
+    return max(steps) <= 1.1 * float(np.median(np.diff(along)))
 
 
-def _place(header: Header) -> tuple[int, ...]:
-    return tuple(round(v / SMALLEST_MM) for v in header.position)
+def _value(header: Header, keyword: str) -> str:
+    """The value of an attribute; numbers that differ in writing alone are one value."""
+    text = header.splits.get(keyword, "")
+    try:
+        return f"{float(text):.9g}"
+    except ValueError:
+        return text
+
+
+def _places(slices: Sequence[Header]) -> NDArray[np.int64]:
+    """Slices at one position → one number. Positions count as one when no coordinate differs by more than SMALLEST_MM."""
+    positions = np.array([h.position for h in slices])
+    code = np.zeros(len(slices), np.int64)
+    for axis in range(3):  # along each coordinate, numbers without a gap between them are one
+        order = np.argsort(positions[:, axis], kind="stable")
+        level = np.zeros(len(slices), np.int64)
+        level[order[1:]] = np.cumsum(np.diff(positions[order, axis]) > SMALLEST_MM)
+        _, code = np.unique(code * (int(level.max()) + 1) + level, return_inverse=True)
+    return code

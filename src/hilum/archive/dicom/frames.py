@@ -110,7 +110,7 @@ def _frame(header: Header, text: Texts, dimensions: list[int]) -> Header:
                                 ("PixelMeasures", header.pixel_spacing))
             if not value
         ]  # fmt: skip
-        if technique in PROJECTIONS or component == "PHASE":
+        if technique in PROJECTIONS or component in ("PHASE", "IMAGINARY"):
             refusal, detail = "derived", technique if technique in PROJECTIONS else component
         elif missing:
             refusal, detail = "no_geometry", f"functional group missing or not usable: {', '.join(missing)}"

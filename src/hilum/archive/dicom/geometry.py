@@ -12,8 +12,12 @@ from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
 from hilum.volume import FloatArray
 
-SAME_DIRECTION = 1e-3  # largest difference of two direction cosines that count as equal
+SAME_DIRECTION = 3.5e-3  # largest difference of direction cosines in one stack: 0.2°, 0.4 mm at the border of a head
+UNIT_LENGTH = 1e-3  # largest departure of a direction from unit length, and of two from a right angle
+SAME_SPACING = 1e-3  # largest relative difference of pixel spacings that count as equal
 MAX_ORIENTATIONS = 100
+MAX_SHEAR_DEG = 45.0  # gantries tilt up to 30°
+ROUNDING_MM = 0.1  # positions are often rounded to a tenth of a millimetre
 SMALLEST_MM = 0.01  # positions nearer than this are one position; spacings below it are no spacings
 
 
@@ -69,12 +73,13 @@ def directions(headers: Sequence[Header]) -> tuple[FloatArray, FloatArray]:
     orientations = np.array([h.orientation for h in headers])
     if np.abs(orientations - orientations[0]).max() > SAME_DIRECTION:
         raise ScanRefused("mixed_orientations", f"{len(by_orientation(headers))} orientations in {len(headers)} slices")
-    row, column = orientations[0].reshape(2, 3)
+    spread = np.ptp(orientations, axis=0).max()
+    row, column = (orientations.mean(0) if spread else orientations[0]).reshape(2, 3)
     lengths = float(np.linalg.norm(row)), float(np.linalg.norm(column))
-    if max(abs(length - 1) for length in lengths) > SAME_DIRECTION:
+    if max(abs(length - 1) for length in lengths) > UNIT_LENGTH:
         raise ScanRefused("bad_orientation", f"direction vectors of length {lengths[0]:.4f} and {lengths[1]:.4f}")
     row, column = row / lengths[0], column / lengths[1]
-    if abs(row @ column) > SAME_DIRECTION:
+    if abs(row @ column) > UNIT_LENGTH:
         raise ScanRefused("bad_orientation", f"{np.degrees(np.arccos(row @ column)):.2f}° between rows and columns")
     return row, column
 
@@ -93,6 +98,23 @@ def by_orientation(headers: Sequence[Header]) -> dict[tuple[float, ...], list[He
     return groups
 
 
+def by_size(headers: Sequence[Header]) -> dict[str, list[Header]]:
+    """Slices of equal matrix, pixel spacing, modality and frame of reference together, as `by_orientation` does."""
+    groups: dict[tuple[object, ...], list[Header]] = {}
+    for header in sorted(headers, key=lambda h: (h.pixel_spacing, h.path, h.frame)):
+        kind = header.rows, header.columns, header.modality, header.frame_of_reference
+        near = next((k for k in groups if k[:-1] == kind and _alike(k[-1], header.pixel_spacing)), None)
+        groups.setdefault(near or (*kind, header.pixel_spacing), []).append(header)
+        if len(groups) > MAX_ORIENTATIONS:
+            raise ScanRefused("no_geometry", f"more than {MAX_ORIENTATIONS} matrix sizes or pixel spacings")
+    return {str(kind): slices for kind, slices in groups.items()}
+
+
+def _alike(a: object, b: tuple[float, ...]) -> bool:
+    assert isinstance(a, tuple)
+    return len(a) == len(b) and all(abs(x - y) <= SAME_SPACING * max(abs(x), abs(y)) for x, y in zip(a, b))
+
+
 def _equal(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return len(a) == len(b) and all(abs(x - y) <= SAME_DIRECTION for x, y in zip(a, b))
 
@@ -109,16 +131,18 @@ def _slice_axis(
         n = int((steps < SMALLEST_MM).sum())
         raise ScanRefused("duplicate_positions", f"{n} of {len(positions)} slices share a position with another")
     step = float(np.median(steps))
-    tolerance = max(0.01 * step, 0.05)
     length = along[-1] - along[0]
     per_mm = (positions[-1] - positions[0]) / length
+    shear = float(np.degrees(np.arccos(min(1.0, 1 / float(np.linalg.norm(per_mm))))))
+    if shear > MAX_SHEAR_DEG:
+        raise ScanRefused("positions_not_on_a_line", f"slices move {shear:.0f}° away from their normal")
     residual = positions - positions[0] - (along - along[0])[:, None] * per_mm
     off_line = np.linalg.norm(residual - np.outer(residual @ normal, normal), axis=1)
     even = np.arange(len(along)) * length / (len(along) - 1)
-    strays = float(np.abs(along - along[0] - even).max())  # steps that are all within tolerance may still add up
+    strays = float(np.abs(along - along[0] - even).max())  # a missing slice makes half a step of it
     at: tuple[float, ...] = ()
-    if np.abs(steps - step).max() > tolerance or strays > max(0.1 * step, 0.1):
-        refusal = _uneven(steps, step, tolerance, strays)
+    if strays > max(0.02 * step, min(0.2 * step, ROUNDING_MM)):
+        refusal = _uneven(steps, step, strays)
         if steps.max() > policy.accept_gap_mm:
             raise refusal
         step = float(steps.min()) if refusal.reason == "missing_slices" else step
@@ -126,29 +150,31 @@ def _slice_axis(
         at = tuple(((along - along[0]) / step).round(6).tolist())
     else:
         step = length / (len(along) - 1)
-    if off_line.max() > tolerance:
+    if off_line.max() > max(0.01 * step, ROUNDING_MM):
         raise ScanRefused("positions_not_on_a_line", f"slice {off_line.argmax() + 1} is {off_line.max():.2f} mm off")
     return per_mm * step, at
 
 
-def _uneven(steps: FloatArray, step: float, tolerance: float, strays: float) -> ScanRefused:
+def _uneven(steps: FloatArray, step: float, strays: float) -> ScanRefused:
     """What kind of unevenness this is.
 
-    Slices are missing when all steps are multiples of the smallest and at most half as many are missing as are there
-    (more is a scan with two spacings).
+    Slices are missing when all steps are multiples of the smallest, at most half as many are missing as are there, and
+    the long steps do not lie side by side (else it is a scan with two spacings).
     """
     multiple = steps / steps.min()
     whole = np.rint(multiple)
     missing = int((whole - 1).sum())
-    if 0 < missing <= len(steps) / 2 and np.abs(multiple - whole).max() * steps.min() <= 2 * tolerance:
-        after = np.flatnonzero(whole > 1)
-        places = ", ".join(str(n + 1) for n in after[:5]) + (", …" if len(after) > 5 else "")
+    long = np.flatnonzero(whole > 1)
+    apart = len(long) < 2 or int(np.diff(long).max()) > 1
+    off = float(np.abs(multiple - whole).max()) * steps.min()
+    if 0 < missing <= len(steps) / 2 and apart and off <= max(0.02 * step, ROUNDING_MM):
+        places = ", ".join(str(n + 1) for n in long[:5]) + (", …" if len(long) > 5 else "")
         return ScanRefused(
             "missing_slices",
             f"{missing} missing, after slice {places} of {len(steps) + 1}: gaps of up to {steps.max():.2f} mm, "
             f"expected {steps.min():.2f} mm",
         )
-    odd = np.flatnonzero(np.abs(steps - step) > tolerance)
+    odd = np.flatnonzero(np.abs(steps - step) > max(0.02 * step, ROUNDING_MM))
     if not odd.size:
         return ScanRefused("irregular_spacing", f"positions stray {strays:.2f} mm from even steps of {step:.3g} mm")
     more = f" ({odd.size} such steps)" if odd.size > 1 else ""

@@ -46,7 +46,8 @@ SPLIT_KEYWORDS = (
 )  # fmt: skip
 _CLASSIC_SPLITS = (
     "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue", "DiffusionGradientOrientation",
-    "TriggerTime", "AcquisitionNumber", "ImageType", "AcquisitionTime", "ContentTime",
+    "TriggerTime", "KVP", "ConvolutionKernel", "FlipAngle", "AcquisitionNumber", "ImageType", "AcquisitionTime",
+    "ContentTime",
 )  # fmt: skip
 # Binary attributes: format of one value (`struct`).
 _BINARY = {
@@ -61,7 +62,8 @@ TAGS = {
     keyword: int(tag_for_keyword(keyword) or 0)
     for keyword in (
         *_CLASSIC_SPLITS, "SOPClassUID", "SOPInstanceUID", "Modality", "Manufacturer", "PatientID", "SliceThickness",
-        "SpacingBetweenSlices", "InstanceNumber", "StudyDate", "StudyInstanceUID", "SeriesInstanceUID", "ImagePositionPatient",
+        "SpacingBetweenSlices", "InstanceNumber", "StudyDate", "StudyInstanceUID", "SeriesInstanceUID",
+        "ImagePositionPatient", "FrameOfReferenceUID",
         "ImageOrientationPatient", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns",
         "PixelSpacing", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleIntercept",
         "RescaleSlope", "RescaleType", "LossyImageCompression", "LossyImageCompressionRatio", "PixelPaddingValue",
@@ -104,6 +106,7 @@ _MAPS = {
     "PHASE MAP", "VELOCITY MAP", "SUB", "SUBTRACTION", "MIP", "MINIP", "MIN_IP", "PROJECTION IMAGE", "VRT", "SSD",
     "CPR", "CURVED", "IODINE",
 }  # fmt: skip
+_PARTS = {"I", "IMAGINARY"}  # of complex MR signals; real parts are images (phase-sensitive inversion recovery)
 _MAPS_WHEN_DERIVED = {"PERFUSION", "ASL", "DIFFUSION_MAP"}
 # VolumeBasedCalculationTechnique, PS3.3 C.8.16.2.1.4
 PROJECTIONS = {"MAX_IP", "MIN_IP", "VOLUME_RENDER", "SURFACE_RENDER", "CURVED_MPR"}
@@ -152,6 +155,7 @@ class Header:
     intercept: float | None = None
     number: int = 0
     study_date: str = ""
+    frame_of_reference: str = ""
     corner: tuple[int, ...] = ()
     splits: dict[str, str] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
@@ -308,6 +312,7 @@ def describe(text: Texts, path: Path, size: int, forced: bool, frame: int = 0, n
         intercept=next(iter(text.numbers("RescaleIntercept", 1)), None),
         number=integer(text["InstanceNumber"]),
         study_date=text["StudyDate"],
+        frame_of_reference=text["FrameOfReferenceUID"],
         splits={k: value for k in _CLASSIC_SPLITS if (value := text[k])},
         repairs=tuple(repairs),
         flags=_flags(text, modality, slope),
@@ -326,7 +331,9 @@ def _refusal(text: Texts, sop_class: str, modality: str, size: int, num_frames: 
         return "localizer", ""
     if sop_class not in ENHANCED and integer(text["NumberOfFrames"]) > 1:
         return "multiframe", f"{integer(text['NumberOfFrames'])} frames in a classic image"
-    found = next((k for k in kinds[2:] if k in _MAPS or (kinds[0] == "DERIVED" and k in _MAPS_WHEN_DERIVED)), "")
+    words = {*kinds[2:], *(k.split()[-1] for k in kinds[2:] if " " in k)}  # "CSA MIP", "CT_SOM5 MIP"
+    maps = _MAPS | (_MAPS_WHEN_DERIVED if kinds[0] == "DERIVED" else set()) | (_PARTS if modality == "MR" else set())
+    found = min(words & maps, default="")
     if found:
         return "derived", found
     if (integer(text["SamplesPerPixel"]) or 1) != 1:
@@ -335,6 +342,8 @@ def _refusal(text: Texts, sop_class: str, modality: str, size: int, num_frames: 
         return "not_hu", f"RescaleType {text['RescaleType'].upper()}"
     if modality == "CT" and not (text.numbers("RescaleSlope", 1) and text.numbers("RescaleIntercept", 1)):
         return "no_rescale", ""
+    if text.numbers("RescaleSlope", 1) == (0.0,):
+        return "no_rescale", "RescaleSlope 0"
     rows, columns, bits = (integer(text[k]) for k in ("Rows", "Columns", "BitsAllocated"))
     if not rows or not columns or not bits:
         return "truncated", "the header ends before it describes the pixels"

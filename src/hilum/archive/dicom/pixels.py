@@ -207,8 +207,8 @@ def _cut_out(data: Dataset, syntax: str, headers: list[Header]) -> Generator[_Sl
 
 def _finish(stored: NDArray[Any], header: Header, text: Texts, *, words: bool) -> _Slice:
     """Decoded pixels (Y, X) → pixels that can be rescaled."""
+    padded = _padding(stored, header, text)  # before bits are cleared: padding may use all of them
     pixels, note = _clear_unused_bits(stored, text, words=words)
-    padded = _padding(pixels, header, text)
     if header.modality == "MR" and text["PhotometricInterpretation"] == "MONOCHROME1":
         pixels = _invert(pixels, integer(text["BitsStored"]))
     return header, pixels, note, padded

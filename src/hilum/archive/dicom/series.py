@@ -12,15 +12,17 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from hilum.archive.dicom.apart import tell_apart
-from hilum.archive.dicom.geometry import Stack, by_orientation, directions, stack
+from hilum.archive.dicom.geometry import Stack, by_orientation, by_size, directions, stack
 from hilum.archive.dicom.header import Header
 from hilum.archive.ledger import Entry, vendor_family
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key
 from hilum.archive.reasons import flag
 from hilum.errors import ScanRefused
-from hilum.volume import Volume
+from hilum.volume import FloatArray, Volume
 
+NEARLY_PARALLEL = 0.996  # cosine of 5°
+_NO_PLACE = "ImagePositionPatient or ImageOrientationPatient missing or not numeric"
 LOCALIZER_SLICES = 15  # a series of three planes at right angles with at most so many slices each is a localizer
 
 
@@ -49,15 +51,17 @@ class _Part:
         )
 
 
-def series_name(header: Header, root: Path) -> str:
+def series_name(header: Header, root: Path, *, usable: bool) -> str:
     """What files of one series share: SeriesInstanceUID.
+
+    usable  whether anything in the file may be part of a volume
 
     Without that identifier, what lies in one folder belongs together, and what is refused stands alone ("item:…").
     """
     if header.series_uid:
         return header.series_uid
-    where = PurePosixPath((header.path if header.refusal else header.path.parent).relative_to(root)).as_posix()
-    return f"item:{where}" if header.refusal else f"item:{where}|{header.study_uid}|{header.patient_id}"
+    where = PurePosixPath((header.path.parent if usable else header.path).relative_to(root)).as_posix()
+    return f"item:{where}|{header.study_uid}|{header.patient_id}" if usable else f"item:{where}"
 
 
 def entries(headers: Iterable[Header], root: Path, key: Key, policy: Policy = AS_IS) -> list[Entry]:
@@ -67,8 +71,10 @@ def entries(headers: Iterable[Header], root: Path, key: Key, policy: Policy = AS
     root     of the archive; paths break ties, so the result does not depend on the order of `headers`
     """
     series: dict[str, list[Header]] = defaultdict(list)
-    for header in sorted(headers, key=lambda h: (h.path, h.frame)):
-        series[series_name(header, root)].append(header)
+    ordered = sorted(headers, key=lambda h: (h.path, h.frame))
+    usable = {h.path for h in ordered if not h.refusal}
+    for header in ordered:
+        series[series_name(header, root, usable=header.path in usable)].append(header)
     rows: list[Entry] = []
     for name in sorted(series):
         counted: set[Path] = set()  # frames of one file may go to several volumes
@@ -84,15 +90,19 @@ def _parts(headers: list[Header]) -> list[_Part]:
     """What was set aside in one series, by reason, and its volumes."""
     usable: list[Header] = []
     aside: dict[str, list[Header]] = defaultdict(list)
-    seen: set[tuple[str, int]] = set()
+    instances: dict[tuple[str, int], Header] = {}
+    seen: set[tuple[object, ...]] = set()
     for header in headers:
-        instance = header.instance_uid, header.frame
+        same = instances.setdefault((header.instance_uid, header.frame), header)
+        shape = header.rows, header.columns, header.pixel_spacing, header.orientation, header.position
+        content = *shape, header.number, header.frame, *sorted(header.splits.items())
+        again = same is not header and header.instance_uid and same.position == header.position
         if header.refusal:
             aside[header.refusal].append(header)
-        elif header.instance_uid and instance in seen:
+        elif again or (content in seen and header.position and header.number):  # or sent under another identifier
             aside["duplicate_instance"].append(header)
         else:
-            seen.add(instance)
+            seen.add(content)
             usable.append(header)
     parts = []
     for reason in sorted(aside):
@@ -104,11 +114,19 @@ def _parts(headers: list[Header]) -> list[_Part]:
 
 def _volumes(headers: list[Header]) -> list[_Part]:
     """Split the plain slices of one series into volumes."""
+    lost = [h for h in headers if len(h.position) != 3 or len(h.orientation) != 6]
+    if lost and len(lost) < len(headers):  # a stray image does not take the others with it
+        placed = [h for h in headers if len(h.position) == 3 and len(h.orientation) == 6]
+        return [_Part(slices=lost, reason="no_geometry", detail=_NO_PLACE, value="no position"), *_volumes(placed)]
     whole = _Part(slices=headers)
     if len({(h.patient_id, h.study_uid) for h in headers}) > 1:
         return [replace(whole, reason="mixed_patients")]
+    try:
+        sizes = _split(whole, "Rows,Columns,PixelSpacing,FrameOfReferenceUID", by_size)
+    except ScanRefused as refused:
+        return [replace(whole, reason=refused.reason, detail=refused.detail)]
     volumes: list[_Part] = []
-    for size in _split(whole, "Rows,Columns,PixelSpacing", _by_size):
+    for size in sizes:
         try:
             orientations = _split(size, "ImageOrientationPatient", _by_orientation)
             reason, detail = _not_stacks(orientations)
@@ -129,13 +147,6 @@ def _split(part: _Part, keyword: str, group: Callable[[list[Header]], dict[str, 
     return [part.split(keyword, value, slices) for value, slices in sorted(groups.items())]
 
 
-def _by_size(headers: list[Header]) -> dict[str, list[Header]]:
-    groups: dict[str, list[Header]] = defaultdict(list)
-    for header in headers:
-        groups[f"{header.rows}x{header.columns} {header.pixel_spacing} {header.modality}"].append(header)
-    return groups
-
-
 def _by_orientation(headers: list[Header]) -> dict[str, list[Header]]:
     return {str(orientation): slices for orientation, slices in by_orientation(headers).items()}
 
@@ -149,9 +160,19 @@ def _not_stacks(parts: Sequence[_Part]) -> tuple[str, str]:
         return "mixed_orientations", f"{len(parts)} orientations in {len(parts)} slices"
     normals = np.array([np.cross(*directions(p.slices)) for p in parts])
     upright = np.abs(normals @ normals.T)[np.triu_indices(len(parts), 1)].max() < 0.5  # more than 60° apart
+    for n, one in enumerate(parts):
+        for m, other in enumerate(parts[:n]):
+            if abs(normals[n] @ normals[m]) > NEARLY_PARALLEL and _interleave(one.slices, other.slices, normals[n]):
+                return "mixed_orientations", f"{len(parts)} nearly equal orientations in turn"
     if len(parts) == 3 and upright and largest <= LOCALIZER_SLICES:
         return "localizer", f"three planes at right angles, up to {largest} slices each"
     return "", ""
+
+
+def _interleave(one: Sequence[Header], other: Sequence[Header], normal: FloatArray) -> bool:
+    """Whether slices of one lie between slices of the other."""
+    first, second = (np.array([h.position for h in slices]) @ normal for slices in (one, other))
+    return bool(first.min() < second.max() and second.min() < first.max())
 
 
 def _by_position(part: _Part) -> list[_Part]:
@@ -163,13 +184,14 @@ def _by_position(part: _Part) -> list[_Part]:
         return [part]
     if not found.groups:
         return [replace(part, reason="duplicate_positions", detail=found.detail)]
-    full = max(len(slices) for slices in found.groups.values())
+    largest = max(found.groups.values(), key=len)
+    full, places = len(largest), {h.position for h in largest}
     volumes = []
     for value, slices in sorted(found.groups.items()):
         volume = part.split(found.keyword, value, slices)
         if found.by_order:
             volume = replace(volume, flags=(flag("split_by_order", f"{len(found.groups)} volumes"),))
-        if found.complete and len(slices) < full:
+        if len(slices) < full and all(h.position in places for h in slices):  # one that reaches further is a station
             volume = replace(volume, reason="incomplete_volume", detail=f"{len(slices)} of {full} slices")
         volumes.append(volume)
     return volumes

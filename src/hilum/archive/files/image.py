@@ -81,7 +81,7 @@ def _check_tiff(image: Image.Image) -> None:
     """Refuse what Pillow would turn or leave inverted without saying so."""
     tags = image.getexif()
     if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        raise ScanRefused("monochrome1", "TIFF in which white is zero")
+        raise ScanRefused("other_format", "TIFF in which white is zero")
     if tags.get(_EXIF_ORIENTATION, 1) != 1:
         raise ScanRefused("other_format", "TIFF that its orientation tag turns")
 

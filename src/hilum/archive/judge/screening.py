@@ -18,6 +18,7 @@ Set from 4,059 real scans and images: of those that show something none has fewe
 while noise stays below 0.03. One has a copied slice that is not blank.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,8 +136,11 @@ def note_background(foreground: NDArray[np.floating[Any]]) -> tuple[str, ...]:
 
 def _levels(voxels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Different values in order and how often each occurs, among about 30,000 to 60,000 voxels spread over the scan."""
-    few = thin(voxels).reshape(-1)
-    return np.unique(few[:: max(few.size // _SAMPLES, 1)], return_counts=True)
+    few = thin(voxels)
+    step = max(few.size // _SAMPLES, 1)
+    while step > 1 and math.gcd(step, few.shape[1] * few.shape[2]) > 1:  # else one column of all slices
+        step += 1
+    return np.unique(few.reshape(-1)[::step], return_counts=True)
 
 
 def neighbour_correlation(voxels: NDArray[Any]) -> float | None:
