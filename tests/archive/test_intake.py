@@ -1,15 +1,23 @@
 """One scan on its way into the store: what its voxels show becomes its row, and a face does not get in."""
 
+import ast
+from pathlib import Path
+
+import nibabel as nib
 import numpy as np
 import pytest
 
+from hilum.archive import intake
 from hilum.archive.files import nifti
 from hilum.archive.intake import check, take_in
+from hilum.archive.judge.screening import screen
 from hilum.archive.ledger import Entry
 from hilum.archive.phantom.head import make_head
 from hilum.archive.policy import AS_IS, Policy, parse_policy
+from hilum.archive.reasons import FLAGS, REASONS
 from hilum.archive.scan import find
 from hilum.errors import UsageError
+from hilum.volume import Volume
 
 
 def save(path, vol):
@@ -96,3 +104,47 @@ def test_words_of_the_command_line():
 
 def test_an_entry_says_when_it_was_repaired():
     assert [Entry(key="0", repairs=r).verdict for r in ((), ("x",))] == ["used", "repaired"]
+
+
+def test_a_fault_of_ours_costs_one_scan(head, key, monkeypatch):
+    def fail(vol):
+        raise ZeroDivisionError("secret name")
+
+    monkeypatch.setattr(intake, "screen", fail)
+    (entry,) = find(head[0], key)
+    refused = take_in(entry).entry
+    assert refused.reason == "reader_crashed"
+    assert refused.detail.startswith("ZeroDivisionError in test_intake.py, line ")
+    assert "secret" not in refused.detail
+
+
+def test_huge_values_are_refused(tmp_path, key):
+    voxels = np.random.default_rng(0).normal(0, 1e37, (20, 20, 20)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "x.nii")
+    assert [take_in(e).entry.reason for e in find(tmp_path, key)] == ["non_finite"]
+
+
+@pytest.mark.parametrize("depth", [256, 257, 192])
+def test_grey_levels_are_counted_over_the_whole_slice(depth):
+    """Zero around the object on both sides: no stride of the sample may fall into one column."""
+    voxels = np.zeros((depth, 128, 128), np.int16)
+    voxels[:, 30:100, 30:100] = np.arange(70 * 70).reshape(70, 70) + np.arange(100, 100 + depth)[:, None, None]
+    vol = Volume(voxels=voxels, affine=np.eye(4), modality="MR")
+    assert screen(vol).refusal is None
+
+
+def test_every_reason_and_caution_in_the_code_has_a_sentence():
+    """Codes are written as literals where they are raised; a missing one would end a run."""
+    missing = []
+    for path in sorted((Path(intake.__file__).parent).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            place = {"ScanRefused": 0, "refuse": 1, "flag": 0, "loose": 3}.get(name)
+            if place is None or len(node.args) <= place or not isinstance(node.args[place], ast.Constant):
+                continue
+            code = node.args[place].value
+            if code not in (FLAGS if name == "flag" else REASONS):
+                missing.append(f"{path.name}:{node.lineno} {code}")
+    assert not missing

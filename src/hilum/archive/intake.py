@@ -1,7 +1,9 @@
 """One scan on its way into the store: read, judged by its voxels, made private. `hilum scan --pixels` does the same."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hilum.archive import dicom
 from hilum.archive.files import array, image, itk, nifti
@@ -45,11 +47,21 @@ class Intake:
 
 
 def take_in(entry: Entry, policy: Policy = AS_IS) -> Intake:
-    """Read a used entry, judge its voxels and remove a face. Never raises ScanRefused: the entry tells."""
+    """Read a used entry, judge its voxels and remove a face. Never raises: the entry tells."""
     try:
-        vol, repairs = read_entry(entry, policy)
+        return _take_in(entry, policy)
     except ScanRefused as refused:
         return Intake(refuse(entry, refused.reason, refused.detail))
+    except MemoryError:
+        return Intake(refuse(entry, "too_large", "more than the memory of this machine"))
+    except Exception as error:  # a fault of ours costs this scan, not the archive; the row says where it is
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
+        return Intake(refuse(entry, "reader_crashed", where))
+
+
+def _take_in(entry: Entry, policy: Policy) -> Intake:
+    vol, repairs = read_entry(entry, policy)
     entry, look_hash = judge(entry, vol, repairs)
     if not entry.used:
         return Intake(entry)

@@ -50,7 +50,7 @@ REASONS: dict[str, Reason] = {
         "Have the archive send it uncompressed or as JPEG 2000, or transcode it (dcmconv, gdcmconv).",
     ),
     "reader_crashed": _fault(
-        "The reading process died on this scan; it was left out, the others went on.",
+        "Reading this scan failed or killed its process; it was left out, the others went on.",
         "Export it again, uncompressed; if it still fails, tell us the transfer syntax.",
     ),
     "no_geometry": _fault(

@@ -16,6 +16,8 @@ from hilum.volume import Volume, to_slices
 
 MAX_MISSING = 0.9  # share of voxels without a value; a brain fills a quarter of its box
 
+LARGEST = 1e30  # sums of larger values leave single precision
+
 
 def read_image(header: ImageHeader, volume: int = 0) -> tuple[Volume, tuple[str, ...]]:
     """Read one volume of an image file. Raises ScanRefused, also for label maps.
@@ -28,8 +30,8 @@ def read_image(header: ImageHeader, volume: int = 0) -> tuple[Volume, tuple[str,
     """
     voxels, repairs = _fill_missing(scaled(header, volume))
     low, high = voxels.min(), voxels.max()
-    if max(abs(float(low)), abs(float(high))) > float(np.finfo(np.float32).max):
-        raise ScanRefused("non_finite", "values beyond single precision")
+    if max(abs(float(low)), abs(float(high))) > LARGEST:
+        raise ScanRefused("non_finite", f"values beyond {LARGEST:g}")
     if low == high:
         raise ScanRefused("constant", f"all voxels {float(low):g}")
     if header.labels or is_label_map(voxels):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hilum.archive.ledger import LEDGER_SCHEMA
+from hilum.archive.locks import hold
 from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
@@ -74,7 +75,8 @@ def append(
     returns  as `merge`, and "prepared": what `prepare` returned for the archive
 
     The archive is prepared into a hidden folder of the store, which disappears at the end. Index and ledger are then
-    replaced one after the other: a reader sees the store before or after, never a volume that is not there.
+    replaced one after the other: a reader sees the store before or after, never a volume that is not there. Copies are
+    looked for within the new archive, not between it and the store.
     """
     opened, key = Store(store), key or read_key()
     if opened.header.get("key") != key.fingerprint:
@@ -82,24 +84,32 @@ def append(
             f"{opened.root} was made with key {opened.header.get('key')}, yours is {key.fingerprint}: the same patient "
             "would get two names. Point HILUM_KEY to the right key file"
         )
-    new = opened.root / f".append-{key.hash('item', str(Path(archive).resolve()))[:8]}"
-    prepared = prepare(
-        archive,
-        new,
-        key=key,
-        policy=from_dict(Policy, opened.header["policy"]),
-        num_workers=num_workers,
-        progress=progress,
-    )
-    added = Store(new)
-    num_same = _check_mergeable([opened, added])
-    before = len(opened)
-    _join([opened, added], opened.root, progress)
-    shutil.rmtree(new)
+    with hold(opened.root / ".work" / "lock", f"the store {opened.root}"):
+        _drop_remains(opened.root)
+        new = opened.root / f".append-{key.hash('item', str(Path(archive).resolve()))[:8]}"
+        prepared = prepare(
+            archive,
+            new,
+            key=key,
+            policy=from_dict(Policy, opened.header["policy"]),
+            num_workers=num_workers,
+            progress=progress,
+        )
+        added = Store(new)
+        num_same = _check_mergeable([opened, added])
+        before = len(opened)
+        _join([opened, added], opened.root, progress)
+        new.rename(new.with_name(new.name.replace("append", "remains", 1)))  # whole, or to be thrown away
+        _drop_remains(opened.root)
     num_volumes = len(Store(opened.root))
     return {
         "num_volumes": num_volumes, "num_new": num_volumes - before, "num_same": num_same, "prepared": prepared
     }  # fmt: skip
+
+
+def _drop_remains(root: Path) -> None:
+    for folder in root.glob(".remains-*"):
+        shutil.rmtree(folder)
 
 
 def compact(store: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -111,6 +121,7 @@ def compact(store: str | Path, *, progress: Progress | None = None) -> dict[str,
     """
     opened = Store(store)
     root = opened.root
+    _drop_remains(root)
     remains = [p for folder in root.glob(".append-*") for p in folder.rglob("*") if not p.is_dir()]
     temporary = [*root.glob(".*.tmp"), *root.glob("index/.*.tmp"), *root.glob("index/part-*")]
     removed = freed = 0
