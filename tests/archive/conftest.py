@@ -1,5 +1,7 @@
 """DICOM series whose every voxel and position is known because the test wrote them."""
 
+import math
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -166,6 +168,86 @@ def write_frames(
 @pytest.fixture(scope="session")
 def write_multiframe() -> Callable[..., Path]:
     return write_frames
+
+
+def siemens_csa(values: dict[str, list[Any]], newer: bool = True) -> bytes:
+    """A Siemens CSA header with these elements."""
+    content = b"SV10\4\3\2\1" if newer else b""
+    content += struct.pack("<II", len(values), 77)
+    for name, items in values.items():
+        content += struct.pack("<64si4siii", name.encode(), len(items), b"DS\0\0", 3, 6, 205)
+        for n in range(6):
+            raw = f"{items[n]}\0".encode() if n < len(items) else b""
+            lengths = (len(raw),) * 4 if newer else (len(raw) + 6, len(raw), 77, len(raw) + 6)
+            content += struct.pack("<4I", *lengths) + raw + b"\0" * (-len(raw) % 4)
+    return content
+
+
+def tiled(voxels: np.ndarray, columns: int) -> np.ndarray:
+    """(N, Y, X) → one image, tiles along the rows."""
+    n, y, x = voxels.shape
+    image = np.zeros((math.ceil(n / columns) * y, columns * x), voxels.dtype)
+    for k, pixels in enumerate(voxels):
+        top, left = k // columns * y, k % columns * x
+        image[top : top + y, left : left + x] = pixels
+    return image
+
+
+def write_siemens_mosaics(
+    root: Path,
+    volumes: np.ndarray,
+    *,
+    plane: Sequence[float],
+    first: Sequence[float],
+    step: float,
+    sign: int = 1,
+    drop: Sequence[str] = (),
+    newer: bool = True,
+    edit: Callable[[int, Dataset], None] | None = None,
+    **attributes: Any,
+) -> list[Path]:
+    """Several volumes (T, N, Y, X), each as one mosaic of 3 × 3 tiles of 0.8 × 0.5 mm pixels.
+
+    first  centre of the first voxel of tile 0; tile n lies n · step mm from it along sign · (row × column)
+    drop   elements of the CSA header to leave out
+    """
+    images = np.stack([np.pad(tiled(v, 3), ((0, 3 * v.shape[1] - tiled(v, 3).shape[0]), (0, 0))) for v in volumes])
+    y, x = images[0].shape
+    row, column = np.reshape(plane, (2, 3)).astype(float)
+    corner = np.array(first) - 0.5 * 0.5 * (x - x // 3) * row - 0.5 * 0.8 * (y - y // 3) * column
+    csa = {
+        "EchoLinePosition": [32], "NumberOfImagesInMosaic": [volumes.shape[1]],
+        "SliceNormalVector": [f"{sign * v:.8f}" for v in np.cross(row, column)],
+    }  # fmt: skip
+
+    def add_private(k: int, data: Dataset) -> None:
+        block = data.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
+        block.add_new(0x10, "OB", siemens_csa({n: v for n, v in csa.items() if n not in drop}, newer))
+        data.AcquisitionNumber = k + 1
+        if edit:
+            edit(k, data)
+
+    settings = {
+        "SOPClassUID": MR, "ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "RescaleIntercept": 0,
+        "SpacingBetweenSlices": step, "SliceThickness": 3.0,
+        "ImageOrientationPatient": [round(float(v), 8) for v in np.ravel(plane)],
+    }  # fmt: skip
+    return write(root, images, positions=[corner] * len(images), edit=add_private, **settings | attributes)
+
+
+@pytest.fixture(scope="session")
+def write_mosaics() -> Callable[..., list[Path]]:
+    return write_siemens_mosaics
+
+
+@pytest.fixture(scope="session")
+def make_csa() -> Callable[..., bytes]:
+    return siemens_csa
+
+
+@pytest.fixture(scope="session")
+def tile() -> Callable[..., np.ndarray]:
+    return tiled
 
 
 def write_finished_store(root: Path, volumes: dict[str, Volume], *, refused: Sequence[Entry] = ()) -> Path:

@@ -310,7 +310,7 @@ def test_hounsfield_rule():
 # Real files
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.nightly)])
 def test_label_maps_and_only_those_are_recognised(real_data, every):
     paths = sorted((real_data / "nifti").rglob("*.nii*"))
     assert len(paths) > 500

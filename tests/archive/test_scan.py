@@ -81,7 +81,7 @@ def test_every_dicom_file_is_accounted_for(real_data, key):
     check_accounting(scan(real_data / "dicom", key, pixels=False), real_data / "dicom")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_real_file_is_accounted_for_and_readable(real_data, key):
     entries = scan(real_data, key, pixels=True)
     check_accounting(entries, real_data)

@@ -173,7 +173,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
     assert large < small + 15, (small, large)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_a_large_archive(tmp_path):
     began = time.monotonic()
     small, large = grown_mib(tmp_path, 50_000), grown_mib(tmp_path, 200_000)
