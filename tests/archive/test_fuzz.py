@@ -23,8 +23,13 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from hilum.archive.dicom import parametric_map
 from hilum.archive.dicom.parametric_map import PARAMETRIC_MAP
 from hilum.archive.dicom.rtstruct import STRUCTURE_SET
+from hilum.archive.intake import read_scan
+from hilum.archive.labels import read_labels
+from hilum.archive.scan import find
+from hilum.volume import Volume
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 MR, ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
@@ -113,7 +118,7 @@ def written(tmp_path_factory, write_series_to, write_multiframe, write_mosaics, 
     shutil.copy(mosaic, folder / "mosaic.dcm")
     masks = large > 900
     write_multiframe(folder / "seg.dcm", masks, POSITIONS, segments=[1] * 6)
-    write_multiframe(folder / "seg_labels.dcm", masks, POSITIONS, segments=[1, 2, 1, 2, 1, 2], bits=8,
+    write_multiframe(folder / "seg_fractional.dcm", masks, POSITIONS, segments=[1, 2, 1, 2, 1, 2], bits=8,
                      PixelData=(masks * 255).astype(np.uint8).tobytes(), SegmentationType="FRACTIONAL",
                      MaximumFractionalValue=255)  # fmt: skip
     write_structures(folder / "structures.dcm", data)
@@ -149,14 +154,43 @@ def fuzz(samples: Path, first: int, count: int, seconds: float) -> list[dict[str
     return [line for line in lines if "found" in line]
 
 
-def test_unbroken_samples_are_read(written, tmp_path):
-    """The fuzzer stands on firm ground: without a change, every written sample has a reader and gives no finding."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(FUZZ.parent)!r}); import fuzz, pathlib\n"
-        + "for p in sorted(pathlib.Path(sys.argv[1]).iterdir()): fuzz.examine(p)"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(written)], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
+SPOILT = {
+    "nothing wrong": ("", "died with 0"),
+    "shape": ("from hilum.volume import Volume\nfuzz.read_scan = lambda e: Volume(voxels=fuzz.np.zeros((1, 2, 3)), "
+              "affine=None, modality='CT')", "AssertionError"),
+    "slow": ("read = fuzz.read_scan\ndef slow(entry):\n    end = time.process_time() + 2.1\n"
+             "    while time.process_time() < end: pass\n    return read(entry)\nfuzz.read_scan = slow", "took 2."),
+    "exception": ("fuzz.read_scan = lambda e: 1 // 0", "ZeroDivisionError"),
+    "crash": ("fuzz.read_scan = lambda e: os.abort()", "died with -6"),
+}  # fmt: skip
+ASIDE = {"seg.dcm": "segmentation", "seg_fractional.dcm": "segmentation", "structures.dcm": "structure_set",
+         "map.dcm": "parametric_map"}  # fmt: skip
+
+
+def test_unbroken_samples_are_read(written, key):
+    """The fuzzer stands on firm ground: without a change, every written sample has a reader."""
+    for path in written.iterdir():
+        found = find(path, key)
+        assert [e.reason for e in found] == [ASIDE.get(path.name, "")] * (2 if path.name == "4d.nii" else 1), path.name
+        assert all(read_scan(e).shape[0] == e.num_slices for e in found if e.used)
+    grid = Volume(voxels=np.zeros((6, 36, 42)), modality="CT",
+                  affine=np.array([[0, 0, 0.5, -50], [0, 0.8, 0, -40], [2.0, 0, 0, 10], [0, 0, 0, 1]]))  # fmt: skip
+    for name in ("seg.dcm", "seg_fractional.dcm", "structures.dcm"):
+        assert read_labels(written / name, grid).volume.voxels.any()
+    assert parametric_map.read(written / "map.dcm")[0].shape == (6, 36, 42)
+
+
+def test_the_fuzzer_sees_what_it_should(written, tmp_path):
+    """A reader that answers with another shape, hangs or dies is a finding; the fuzzer runs with such readers."""
+    (tmp_path / "ct.dcm").write_bytes((written / "ct.dcm").read_bytes())
+    for name, (reader, expected) in SPOILT.items():
+        script = tmp_path / "spoilt.py"
+        script.write_text(f"import sys, time, os\nsys.path.insert(0, {str(FUZZ.parent)!r})\nimport fuzz\n"
+                          f"fuzz.mutate = lambda data, *_: data\n{reader}\nfuzz.main(fuzz.Path(sys.argv[1]), 0, 1)\n")  # fmt: skip
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "ct.dcm", tmp_path / "in")
+        run = subprocess.run([sys.executable, str(script), str(tmp_path / "in")], capture_output=True, text=True)
+        assert expected in run.stdout + f"died with {run.returncode}", name
 
 
 def test_five_hundred_mutants(samples):
