@@ -200,21 +200,23 @@ def write_siemens_mosaics(
     plane: Sequence[float],
     first: Sequence[float],
     step: float,
+    spacing: Sequence[float] = (0.8, 0.5),
     sign: int = 1,
     drop: Sequence[str] = (),
     newer: bool = True,
     edit: Callable[[int, Dataset], None] | None = None,
     **attributes: Any,
 ) -> list[Path]:
-    """Several volumes (T, N, Y, X), each as one mosaic of 3 × 3 tiles of 0.8 × 0.5 mm pixels.
+    """Several volumes (T, N, Y, X), each as one mosaic with as many rows as columns of tiles.
 
     first  centre of the first voxel of tile 0; tile n lies n · step mm from it along sign · (row × column)
     drop   elements of the CSA header to leave out
     """
-    images = np.stack([np.pad(tiled(v, 3), ((0, 3 * v.shape[1] - tiled(v, 3).shape[0]), (0, 0))) for v in volumes])
+    side = math.ceil(math.sqrt(volumes.shape[1]))
+    images = np.stack([tiled(np.pad(v, ((0, side**2 - len(v)), (0, 0), (0, 0))), side) for v in volumes])
     y, x = images[0].shape
     row, column = np.reshape(plane, (2, 3)).astype(float)
-    corner = np.array(first) - 0.5 * 0.5 * (x - x // 3) * row - 0.5 * 0.8 * (y - y // 3) * column
+    corner = np.array(first) - 0.5 * spacing[1] * (x - x // side) * row - 0.5 * spacing[0] * (y - y // side) * column
     csa = {
         "EchoLinePosition": [32], "NumberOfImagesInMosaic": [volumes.shape[1]],
         "SliceNormalVector": [f"{sign * v:.8f}" for v in np.cross(row, column)],
@@ -229,7 +231,7 @@ def write_siemens_mosaics(
 
     settings = {
         "SOPClassUID": MR, "ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "RescaleIntercept": 0,
-        "SpacingBetweenSlices": step, "SliceThickness": 3.0,
+        "SpacingBetweenSlices": step, "SliceThickness": 3.0, "PixelSpacing": list(spacing),
         "ImageOrientationPatient": [round(float(v), 8) for v in np.ravel(plane)],
     }  # fmt: skip
     return write(root, images, positions=[corner] * len(images), edit=add_private, **settings | attributes)
@@ -278,3 +280,37 @@ def random_volume(seed: int, shape: tuple[int, int, int] = (5, 70, 90)) -> Volum
 @pytest.fixture(scope="session")
 def make_volume() -> Callable[..., Volume]:
     return random_volume
+
+
+def places_of(
+    shape: Sequence[int],
+    plane: Sequence[float],
+    spacing: Sequence[float],
+    start: Sequence[float],
+    step: Sequence[float],
+) -> np.ndarray:
+    """(Z, Y, X, 3) LPS mm of every voxel, by PS3.3 C.7.6.2.1.1 alone. `spacing` is PixelSpacing: rows, columns."""
+    row, column = np.reshape(plane, (2, 3)).astype(float)
+    k, j, i = (n[..., None] for n in np.indices(shape))
+    return np.array(start) + k * np.array(step) + j * spacing[0] * column + i * spacing[1] * row
+
+
+@pytest.fixture(scope="session")
+def places() -> Callable[..., np.ndarray]:
+    return places_of
+
+
+def check_places(vol: Volume, where: np.ndarray, values: np.ndarray) -> None:
+    """`vol` holds the values (…) at the places (…, 3) in LPS mm, each exactly once, and nothing else."""
+    assert vol.affine is not None
+    index = np.linalg.solve(vol.affine[:3, :3], (where.reshape(-1, 3) - vol.affine[:3, 3]).T)
+    near = np.rint(index).astype(int)
+    np.testing.assert_allclose(index, near, atol=0.01)
+    assert vol.voxels.size == values.size
+    assert len(np.unique(near, axis=1).T) == values.size
+    np.testing.assert_array_equal(vol.voxels[tuple(near)], values.ravel())
+
+
+@pytest.fixture(scope="session")
+def in_place() -> Callable[..., None]:
+    return check_places
