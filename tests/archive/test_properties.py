@@ -34,8 +34,14 @@ def holds(examples: int, *strategies: st.SearchStrategy) -> Callable[[Callable[.
     """Run a property now, on the same examples each time."""
 
     def run(check: Callable[..., None]) -> None:
-        every = settings(max_examples=examples, derandomize=True, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
-                         suppress_health_check=list(HealthCheck))  # fmt: skip
+        every = settings(
+            max_examples=examples,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        )
         every(given(*strategies)(check))()
 
     return run
