@@ -2,6 +2,7 @@
 
 import math
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.encaps import itemize_fragment
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from hilum.archive.ledger import Entry, write_entries
 from hilum.archive.store.store import index_path, open_for_writing, write_header, write_index, write_volume
@@ -314,3 +325,43 @@ def check_places(vol: Volume, where: np.ndarray, values: np.ndarray) -> None:
 @pytest.fixture(scope="session")
 def in_place() -> Callable[..., None]:
     return check_places
+
+
+def encode_slice(path: Path, syntax: str) -> None:
+    """Write one uncompressed slice again in another transfer syntax."""
+    boxed, deflated_frames = UID("1.2.840.10008.1.2.1.98"), UID("1.2.840.10008.1.2.8.1")
+    data = dcmread(path)
+    list(data.iterall())  # pydicom writes unread elements as they were
+    if syntax == ExplicitVRBigEndian:
+        data.PixelData = data.pixel_array.astype(">u2").tobytes()
+        data["PixelData"].VR = "OW"
+    elif syntax in (boxed, deflated_frames):
+        raw = data.PixelData
+        if syntax == deflated_frames:
+            packer = zlib.compressobj(wbits=-15)
+            raw = packer.compress(raw) + packer.flush()
+        box_items(data, itemize_fragment(raw + b"\0" * (len(raw) % 2)))
+    elif syntax in (RLELossless, JPEGLSLossless, JPEG2000Lossless):
+        data.compress(syntax, generate_instance_uid=False)
+    data.set_original_encoding(syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian)
+    data.file_meta.TransferSyntaxUID = boxed if syntax == deflated_frames else UID(syntax)
+    dcmwrite(path, data)
+    if syntax == deflated_frames:  # newer than the dictionary of pydicom
+        path.write_bytes(path.read_bytes().replace(boxed.encode(), syntax.encode() + b"\0"))
+
+
+def box_items(data: Dataset, items: bytes) -> None:
+    """Encapsulate without an offset table."""
+    data.PixelData = b"\xfe\xff\x00\xe0\0\0\0\0" + items + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    data["PixelData"].VR = "OB"
+    data["PixelData"].is_undefined_length = True
+
+
+@pytest.fixture(scope="session")
+def encode_as() -> Callable[[Path, str], None]:
+    return encode_slice
+
+
+@pytest.fixture(scope="session")
+def box() -> Callable[[Dataset, bytes], None]:
+    return box_items
