@@ -8,6 +8,7 @@ with dcm2niix in test_dicom_mosaic.py, and other results beside the data in test
 from dataclasses import dataclass, field
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -169,6 +170,82 @@ def test_real(real_data, key, folder):
 
 def _as_floats(row):
     return row if len(row) == 2 else (*row[:2], tuple(float(mm) for mm in row[2]), *row[3:])
+
+
+def lps_of(image):
+    """Index (i, j, k) → LPS mm of a NIfTI as nibabel reads it."""
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine
+
+
+@pytest.mark.parametrize("folder", ["mr_ge_dti_4d", "mr_philips_fmri_4d"])
+def test_volumes_of_one_series_equal_dicom2nifti(real_data, key, folder):
+    """Each volume is one of the time points of the result beside the data, and each time point is there once."""
+    image = nibabel.load(real_data / "dicom" / NOISE / folder / "expected.nii.gz")
+    expected = np.asanyarray(image.dataobj)
+    times = []
+    for entry in scan(real_data / "dicom" / NOISE / folder, key):
+        if entry.reader == "dicom":
+            vol, _ = read_entry(entry)
+            theirs = on_our_grid(vol, expected, lps_of(image))
+            times += [t for t in range(expected.shape[3]) if np.array_equal(theirs[..., t], vol.voxels)]
+    assert sorted(times) == list(range(expected.shape[3]))
+
+
+def on_our_grid(vol, values, affine):
+    """Values (i, j, k, …) with an affine to LPS, at the places of the voxels of `vol`: (Z, Y, X, …)."""
+    index = np.moveaxis(np.indices(vol.shape), 0, -1)
+    to_theirs = np.linalg.inv(affine) @ vol.affine
+    place = index @ to_theirs[:3, :3].T + to_theirs[:3, 3]
+    np.testing.assert_allclose(place, np.rint(place), atol=0.02)
+    assert np.prod(vol.shape) == np.prod(values.shape[:3])
+    return values[tuple(np.rint(np.moveaxis(place, -1, 0)).astype(int))]
+
+
+# Folder below nifti/ → file → verdict or reason, (Z, Y, X) as stored, directions of k, j, i as stored, repairs and flags.
+REAL_NIFTI = {
+    "format_oddities": {
+        "anatomical_big_endian_int16_neg_x.nii": ("used", (25, 41, 33), "SAL", ""),
+        "epi_4d_two_volumes.nii.gz": ("used", (24, 96, 128), "SAL", ""),
+    },
+    "ct_mr_totalsegmentator": {
+        "ct_3mm_full.nii.gz": ("used", (112, 101, 122), "SAR", "modality_guessed: CT"),
+        "ct_3mm_slab.nii.gz": ("used", (30, 101, 122), "SAR", "modality_guessed: CT"),
+        "mr_3mm_slab.nii.gz": ("used", (20, 91, 117), "SPL", ""),
+        "ct_3mm_full_seg_total.nii.gz": ("label_map",),
+        "ct_3mm_slab_seg_total.nii.gz": ("label_map",),
+        "mr_3mm_slab_seg_total_mr.nii.gz": ("label_map",),
+    },
+    "mr_spinal_cord_sct": {
+        "fmri_tsnr.nii.gz": ("used", (6, 68, 68), "SAL", "NaN set to 0 in 408 of 27744 voxels"),
+        "t1w.nii.gz": ("used", (77, 76, 42), "SAR", ""),
+        "t2.nii.gz": ("used", (52, 55, 60), "RSP", ""),
+        "t2s_uncropped.nii.gz": ("used", (11, 320, 320), "SAL", ""),
+        "t1w_seg-manual.nii.gz": ("label_map",),
+        "t2_seg-manual.nii.gz": ("label_map",),
+        "t2_seg-manual_labeled.nii.gz": ("label_map",),
+        "t2s_uncropped_gmseg_manual.nii.gz": ("label_map",),
+    },
+}
+
+
+@pytest.mark.parametrize("folder", REAL_NIFTI)
+def test_real_nifti(real_data, key, folder):
+    found = [e for e in scan(real_data / "nifti" / folder, key) if e.reader == "nifti"]
+    assert {e.paths[0].name for e in found} == set(REAL_NIFTI[folder])
+    for entry in found:
+        expected = REAL_NIFTI[folder][entry.paths[0].name]
+        assert (entry.reason or "used") == expected[0]
+        if not entry.used:
+            continue
+        shape = entry.num_slices, entry.rows, entry.columns
+        assert (shape, entry.orientation, "; ".join((*entry.repairs, *entry.flags))) == expected[1:]
+        vol, _ = read_entry(entry)
+        image = nibabel.load(entry.paths[0])
+        values = np.asanyarray(image.dataobj)
+        if values.ndim == 4:
+            values = values[..., entry.frames[0]]
+        theirs = on_our_grid(vol, values, lps_of(image))
+        np.testing.assert_allclose(vol.voxels, np.nan_to_num(theirs), rtol=1e-5, atol=1e-4)
 
 
 # What the tests write: five slices of 40 × 36 pixels, 2 mm apart, stored values of 12 bits.
@@ -358,3 +435,40 @@ def test_written(write_series, encode, places, in_place, tmp_path, key, kind):
     in_place(vol, places((5, 40, 36), plane, (0.8, 0.5), START, case.step), values[in_order].astype(vol.voxels.dtype))
     if case.gdcm:
         check_slices(vol, by_gdcm(paths))
+
+
+# Two volumes at the same places under one SeriesInstanceUID: the attribute that tells them apart, and its values.
+SPLIT: dict[str, tuple[str, tuple[Any, Any], dict[str, Any]]] = {
+    "echoes": ("EchoTime", (10.0, 80.0), MR0),
+    "b-values": ("DiffusionBValue", (0.0, 1000.0), MR0),
+    "gradients": ("DiffusionGradientOrientation", ([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]), MR0),
+    "dynamics": ("TemporalPositionIdentifier", (1, 2), MR0),
+    "cardiac phases": ("TriggerTime", (0.0, 35.5), MR0),
+    "inversion times": ("InversionTime", (50.0, 2500.0), MR0),
+    "flip angles": ("FlipAngle", (5.0, 20.0), MR0),
+    "magnitude and real": ("ImageType", (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "R"]), MR0),
+    "reconstructions": ("ConvolutionKernel", ("B30f", "B70f"), {}),
+    "energies": ("KVP", (80, 140), {}),
+    "acquisitions": ("AcquisitionNumber", (1, 2), {}),
+    "times": ("ContentTime", ("101500.25", "101700.5"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_split(write_series, places, in_place, tmp_path, key, kind):
+    """Files of the two volumes are mixed, InstanceNumber says nothing."""
+    keyword, pair, attributes = SPLIT[kind]
+    for n, value in enumerate(pair):
+        edit = each(SOPInstanceUID=[f"1.2.{n}.{k}" for k in range(5)])
+        write_series(
+            STORED + 5000 * n, edit=edit, prefix="ab"[n], **{keyword: value, "InstanceNumber": 1}, **attributes
+        )
+    found = scan(tmp_path / "archive", key)
+    assert [row_of(e) for e in found] == [(5, (5, 40, 36), (2.0, 0.8, 0.5), "SPL", keyword, "")] * 2
+    lowest = []
+    for vol, _ in map(read_entry, found):
+        low = int(vol.voxels.min()) - int(STORED.min())
+        in_place(vol, places((5, 40, 36), AXIAL, (0.8, 0.5), START, (0, 0, 2)), STORED.astype(int) + low)
+        lowest.append(low)
+    first = 0 if attributes else -1024
+    assert sorted(lowest) == [first, first + 5000]
