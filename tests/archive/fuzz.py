@@ -17,15 +17,24 @@ from pathlib import Path
 import numpy as np
 from pydicom import dcmread
 
+from hilum.archive.dicom import parametric_map
 from hilum.archive.dicom.header import BROKEN
 from hilum.archive.intake import read_scan
+from hilum.archive.labels import read_labels
+from hilum.archive.ledger import Entry
 from hilum.archive.privacy import Key
 from hilum.archive.scan import find
 from hilum.errors import HilumError
+from hilum.volume import Volume
 
 LIMIT_S = 2.0
 MEMORY = 8 << 30
 HEADER = 4096  # most changes hit the first bytes, where headers are
+GRID = Volume(
+    voxels=np.zeros((6, 36, 42), np.int16),
+    affine=np.array([[0, 0, 0.5, -50], [0, 0.8, 0, -40], [2.0, 0, 0, 10], [0, 0, 0, 1]]),
+    modality="CT",
+)
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
@@ -63,6 +72,7 @@ def examine(path: Path) -> None:
     """Read one file as `prepare` would; assertion errors and unexpected exceptions are findings."""
     for entry in find(path, Key(bytes(32))):
         if not entry.used:
+            examine_aside(entry, path)
             continue
         try:
             vol = read_scan(entry)
@@ -72,6 +82,23 @@ def examine(path: Path) -> None:
         assert np.isfinite(vol.voxels).all(), "voxels are not finite"
         if entry.reader == "dicom":
             assert_pixels_are_there(path)
+
+
+def examine_aside(entry: Entry, path: Path) -> None:
+    """Read what is set aside in a scan, but has a reader of its own."""
+    try:
+        if entry.reason == "segmentation":
+            labels = read_labels(path, None).volume.voxels
+            assert labels.ndim == 3, labels.shape
+            assert labels.dtype.kind == "u", labels.dtype
+            assert read_labels(path, GRID).volume.shape == GRID.shape
+        elif entry.reason == "structure_set":
+            assert read_labels(path, GRID).volume.shape == GRID.shape
+        elif entry.reason == "parametric_map":
+            values = parametric_map.read(path)[0].voxels
+            assert np.isfinite(values).all(), "values are not finite"
+    except HilumError:
+        return
 
 
 def assert_pixels_are_there(path: Path) -> None:

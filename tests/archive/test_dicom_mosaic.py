@@ -1,9 +1,8 @@
 """Mosaics: written with every voxel and position known, and real ones against nibabel and dcm2niix."""
 
-import math
 import random
-import struct
 import warnings
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -24,58 +23,10 @@ FIRST = np.array([-30.0, -20.0, 15.0])  # centre of the first voxel of tile 0
 STEP = 4.5
 
 
-def make_csa(values, newer=True):
-    """A Siemens CSA header with these elements."""
-    content = b"SV10\4\3\2\1" if newer else b""
-    content += struct.pack("<II", len(values), 77)
-    for name, items in values.items():
-        content += struct.pack("<64si4siii", name.encode(), len(items), b"DS\0\0", 3, 6, 205)
-        for n in range(6):
-            raw = f"{items[n]}\0".encode() if n < len(items) else b""
-            lengths = (len(raw),) * 4 if newer else (len(raw) + 6, len(raw), 77, len(raw) + 6)
-            content += struct.pack("<4I", *lengths) + raw + b"\0" * (-len(raw) % 4)
-    return content
-
-
-def tile(voxels, columns):
-    """(N, Y, X) → one image, tiles along the rows."""
-    n, y, x = voxels.shape
-    image = np.zeros((math.ceil(n / columns) * y, columns * x), voxels.dtype)
-    for k, pixels in enumerate(voxels):
-        top, left = k // columns * y, k % columns * x
-        image[top : top + y, left : left + x] = pixels
-    return image
-
-
 @pytest.fixture
-def write_siemens(write_series):
-    """Several volumes (T, N, Y, X), each as one mosaic of 3 × 3 tiles. `drop` leaves elements of the CSA header out."""
-
-    def write(volumes, *, sign=1, drop=(), newer=True, edit=None, **attributes):
-        images = np.stack(
-            [np.pad(tile(v, 3), ((0, 9 * v.shape[1] // 3 - tile(v, 3).shape[0]), (0, 0))) for v in volumes]
-        )
-        y, x = images[0].shape
-        corner = FIRST - 0.5 * 0.5 * (x - x // 3) * np.array(PLANE[:3]) - 0.5 * 0.8 * (y - y // 3) * np.array(PLANE[3:])
-        csa = {
-            "EchoLinePosition": [32], "NumberOfImagesInMosaic": [volumes.shape[1]],
-            "SliceNormalVector": [f"{sign * v:.8f}" for v in NORMAL],
-        }  # fmt: skip
-
-        def add_private(k, data):
-            block = data.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
-            block.add_new(0x10, "OB", make_csa({n: v for n, v in csa.items() if n not in drop}, newer))
-            data.AcquisitionNumber = k + 1
-            if edit:
-                edit(k, data)
-
-        settings = {
-            "SOPClassUID": MR, "ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"], "RescaleIntercept": 0,
-            "SpacingBetweenSlices": STEP, "SliceThickness": 3.0, "ImageOrientationPatient": PLANE,
-        }  # fmt: skip
-        return write_series(images, positions=[corner] * len(images), edit=add_private, **settings | attributes)
-
-    return write
+def write_siemens(write_mosaics, tmp_path):
+    """Several volumes (T, N, Y, X), each as one mosaic."""
+    return partial(write_mosaics, tmp_path, plane=PLANE, first=FIRST, step=STEP)
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +86,7 @@ def test_what_is_missing_is_named(write_siemens, volumes, tmp_path, key, setting
 
 
 @pytest.mark.parametrize("count", [-1, 0, 10**9, "many"])
-def test_absurd_numbers_of_tiles(write_siemens, volumes, tmp_path, key, count):
+def test_absurd_numbers_of_tiles(write_siemens, make_csa, volumes, tmp_path, key, count):
     def edit(k, data):
         block = data.private_block(0x0029, "SIEMENS CSA HEADER")
         block[0x10].value = make_csa({"NumberOfImagesInMosaic": [count], "SliceNormalVector": list(NORMAL)})
@@ -156,7 +107,7 @@ def test_maps_in_mosaics_are_set_aside(write_siemens, volumes, tmp_path, key):
     assert [(e.reason, e.detail) for e in scan(tmp_path / "archive", key)] == [("derived", "FA")]
 
 
-def test_csa_headers_cut_or_changed_never_harm():
+def test_csa_headers_cut_or_changed_never_harm(make_csa):
     whole = make_csa({"NumberOfImagesInMosaic": [7], "SliceNormalVector": [0, 0, 1]})
     rng = random.Random(2)
     for n in range(2000):
@@ -174,7 +125,7 @@ def test_csa_headers_cut_or_changed_never_harm():
 
 
 @pytest.fixture
-def write_uih(write_series, volumes):
+def write_uih(write_series, tile, volumes):
     """The first volume as a mosaic of 3 rows and 4 columns, with one private item per tile."""
 
     def write(edit=lambda data: None, step=STEP):

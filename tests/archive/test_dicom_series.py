@@ -272,8 +272,8 @@ def test_a_stray_image_leaves_the_others_alone(write_volume, tmp_path, key):
 @pytest.mark.parametrize("num", [2, 10])
 def test_slices_sent_again_under_other_identifiers(write_volume, tmp_path, key, num):
     number = lambda k, d: setattr(d, "InstanceNumber", k + 1)  # noqa: E731
-    write_volume(0, num_slices=10, edit=number)
-    write_volume(1, num_slices=num, edit=number)
+    write_volume(0, num_slices=10, edit=number, ContentTime="120000.1")
+    write_volume(1, num_slices=num, edit=number, ContentTime="120000.1")
     found = verdicts(tmp_path / "archive", key)
     assert [row[:2] for row in found] == [("", 10), ("duplicate_instance", num)]
 

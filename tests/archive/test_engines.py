@@ -71,7 +71,7 @@ def run_alone(code: str, *arguments: object) -> str:
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_store_made_on_ray_while_workers_die(tmp_path, key, write_series_to, voxels):
     archive = tmp_path / "archive"
     write_series_to(archive, voxels, series="1", folder="ct")
@@ -89,7 +89,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_item_that_kills_its_ray_worker_every_time_costs_itself_only():
     printed = run_alone(RUN).splitlines()
     results = json.loads(next(line for line in printed if line.startswith("{")))  # Ray prints of the deaths

@@ -299,7 +299,7 @@ def test_plateaus_are_labels_and_noise_is_not():
 # Real files
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.nightly)])
 def test_label_maps_and_only_those_are_recognised(real_data, every):
     paths = sorted((real_data / "nifti").rglob("*.nii*"))
     assert len(paths) > 500

@@ -105,7 +105,7 @@ def wait_for(process: subprocess.Popen[str], store: Path, pattern: str, count: i
 
 
 @pytest.mark.parametrize(
-    ("pattern", "count"), [("index/part-*", 2), pytest.param("volumes/*/*.b2nd", 20, marks=pytest.mark.slow)]
+    ("pattern", "count"), [("index/part-*", 2), pytest.param("volumes/*/*.b2nd", 20, marks=pytest.mark.nightly)]
 )
 def test_killed_and_resumed_gives_the_same_bytes(archive, whole, tmp_path, key, pattern, count):
     process = start(archive, tmp_path / "store", 2)

@@ -1,4 +1,4 @@
-"""Every file ends in exactly one row, and the real folders get the verdicts their README asks for."""
+"""Every file ends in exactly one row, whatever lies in the folder."""
 
 import os
 import subprocess
@@ -18,53 +18,6 @@ from hilum.archive.scan import find, scan, scan_to, walk
 from hilum.archive.workers import run
 from hilum.errors import InputError, ScanRefused
 
-# Folder below dicom/ → what its README says a correct reader does: (verdict or reason, files), DICOM files only.
-EXPECTED = {
-    "ct_axial_j2k_siemens": [("repaired", 20)],
-    "ct_gantry_tilt_variable_spacing_ge": [("irregular_spacing", 28)],
-    "ct_mixed_study_philips_phantom": [
-        ("dicomdir", 1), ("dicomdir", 1), ("dicomdir", 1), ("localizer", 1), ("secondary_capture", 2), ("used", 28),
-    ],
-    "ct_transfer_syntaxes_ge": [("duplicate_instance", 6), ("used", 1)],
-    "enhanced_multiframe": [("derived", 1), ("no_geometry", 4), ("used", 1)],
-    "header_oddities": [("no_geometry", 1), ("used", 1)],
-    "monochrome1_projection": [("projection", 1)],
-    "mr_canon_dti": [("incomplete_volume", 38), ("used", 40)],
-    "mr_hitachi": [("used", 4)],
-    "mr_mixed_series_one_folder": [("derived", 1), ("derived", 1), ("irregular_spacing", 20), ("used", 14)],
-    "mr_philips_4d_phantom": [("used", 9), ("used", 9), ("used", 9)],
-    "mr_sagittal_ge_fruit": [("used", 32)],
-    "mr_sagittal_jpeg_variants": [("duplicate_instance", 2), ("duplicate_positions", 2), ("used", 2), ("used", 2)],
-    "mr_sagittal_patient_position": [("used", 9), ("used", 9)],
-    "mr_siemens_mosaic_phantom": [("used", 1)] * 4,
-    "mr_three_plane_localizer_ge": [("localizer", 21)],
-    "mr_transfer_syntaxes_siemens_mosaic": [("used", 1)] * 9,
-    "mr_uih_mosaic_dti": [("used", 1)] * 6,
-    "mr_xa30_jpeg_lossless": [("used", 12)],
-    "noise_pixels_real_headers/ct_same_position_not_a_volume": [("duplicate_positions", 2)],
-    "noise_pixels_real_headers/ct_slice_missing": [("missing_slices", 4)],
-    "noise_pixels_real_headers/mr_compressed_jpeg": [("used", 4)],
-    "noise_pixels_real_headers/mr_compressed_rle": [("used", 4)],
-    "noise_pixels_real_headers/mr_ge_dti_4d": [("used", 4)] * 2,
-    "noise_pixels_real_headers/mr_hyperfine_enhanced": [("used", 1)],
-    "noise_pixels_real_headers/mr_non_isotropic": [("used", 4)],
-    "noise_pixels_real_headers/mr_philips_3d_scaling": [("used", 4)],
-    "noise_pixels_real_headers/mr_philips_enhanced_3d": [("used", 1)],
-    "noise_pixels_real_headers/mr_philips_fmri_4d": [("used", 2)] * 4,
-    "parametric_map": [("parametric_map", 1)],
-    "rt_ct_with_rtstruct": [("structure_set", 1), ("used", 1)],
-    "seg_encodings": [("segmentation", 1), ("segmentation", 1), ("segmentation", 2)],
-    "seg_liver_ct": [("segmentation", 1), ("used", 3)],
-    "seg_tiny_24x38x3": [("segmentation", 1), ("used", 1), ("used", 3)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("folder", sorted(EXPECTED))
-def test_verdicts_on_real_folders(real_data, key, folder):
-    found = scan(real_data / "dicom" / folder, key)
-    verdicts = sorted((e.reason or e.verdict, e.num_files) for e in found if e.reader == "dicom")
-    assert verdicts == sorted(EXPECTED[folder])
-
 
 def num_files(folder: Path) -> int:
     return sum(p.is_file() for p in folder.rglob("*"))
@@ -82,7 +35,7 @@ def test_every_dicom_file_is_accounted_for(real_data, key):
     check_accounting(scan(real_data / "dicom", key, pixels=False), real_data / "dicom")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_real_file_is_accounted_for_and_readable(real_data, key):
     entries = scan(real_data, key, pixels=True)
     check_accounting(entries, real_data)

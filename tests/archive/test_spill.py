@@ -115,6 +115,26 @@ def test_what_a_killed_run_left_goes_at_the_next_start(tmp_path, monkeypatch):
     assert stranger.exists()
 
 
+MANY = """
+from hilum.archive.spill import private_folder
+for _ in range(150):
+    with private_folder() as folder:
+        (folder / "rows").mkdir()
+        (folder / "rows" / "identifiers").touch()
+"""
+
+
+def test_runs_that_end_while_others_begin_do_not_clear_away_each_other(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", MANY], stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+        )
+        for _ in range(3)
+    ]
+    assert [run.communicate()[1] for run in runs] == [b""] * 3
+    assert not list(tmp_path.iterdir())
+
+
 FLAT = """
 import resource, sys, time
 from pathlib import Path
@@ -173,7 +193,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
     assert large < small + 15, (small, large)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_a_large_archive(tmp_path):
     began = time.monotonic()
     small, large = grown_mib(tmp_path, 50_000), grown_mib(tmp_path, 200_000)

@@ -144,7 +144,7 @@ def private_folder() -> Iterator[Path]:
         made.rename(folder)
         yield folder
     finally:
-        shutil.rmtree(folder)
+        _clear_away(folder)
         if lock is not None:
             os.close(lock)
 
@@ -156,5 +156,20 @@ def _remove_if_abandoned(folder: Path, owner: int) -> None:
             return
         lock = take(folder / "lock")
         if lock is not None:
-            shutil.rmtree(folder)
+            _clear_away(folder)
             os.close(lock)
+
+
+def _clear_away(folder: Path) -> None:
+    """Remove a folder whose lock this process holds.
+
+    What it holds goes first and its name next: once the lock is gone, another run would take the folder for abandoned.
+    """
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        elif item.name != "lock":
+            item.unlink()
+    aside = tempfile.mkdtemp(prefix="hilum-new-")
+    folder.rename(aside)
+    shutil.rmtree(aside)

@@ -16,7 +16,7 @@ SAME_DIRECTION = 3.5e-3  # largest difference of direction cosines in one stack:
 UNIT_LENGTH = 1e-3  # largest departure of a direction from unit length, and of two from a right angle
 SAME_SPACING = 1e-3  # largest relative difference of pixel spacings that count as equal
 MAX_ORIENTATIONS = 100
-MAX_SHEAR_DEG = 45.0  # gantries tilt up to 30°
+MAX_SHEAR_DEG = 60.0  # gantries tilt up to 30°
 ROUNDING_MM = 0.1  # positions are often rounded to a tenth of a millimetre
 SMALLEST_MM = 0.01  # positions nearer than this are one position; spacings below it are no spacings
 

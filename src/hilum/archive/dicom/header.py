@@ -39,15 +39,15 @@ BROKEN = (
 SPLIT_KEYWORDS = (
     "StackID", "EffectiveEchoTime", "EchoTime", "EchoNumbers", "TemporalPositionIndex", "TemporalPositionIdentifier",
     "DiffusionBValue", "DiffusionGradientOrientation", "DiffusionDirectionality", "NominalCardiacTriggerDelayTime",
-    "TriggerTime", "TemporalPositionTimeOffset", "ASLContext", "InversionTimes", "FlipAngle", "VelocityEncodingDirection",
-    "MetaboliteMapDescription", "ComplexImageComponent", "KVP", "ConvolutionKernel", "FrameType",
+    "TriggerTime", "TemporalPositionTimeOffset", "ASLContext", "InversionTimes", "InversionTime", "FlipAngle",
+    "VelocityEncodingDirection", "MetaboliteMapDescription", "ComplexImageComponent", "KVP", "ConvolutionKernel", "FrameType",
     "FrameAcquisitionNumber", "AcquisitionNumber", "ImageType", "AcquisitionTime", "ContentTime",
     *(f"DimensionIndexValues[{n}]" for n in range(1, 10)), "SOPInstanceUID",
 )  # fmt: skip
 _CLASSIC_SPLITS = (
     "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue", "DiffusionGradientOrientation",
-    "TriggerTime", "KVP", "ConvolutionKernel", "FlipAngle", "AcquisitionNumber", "ImageType", "AcquisitionTime",
-    "ContentTime",
+    "TriggerTime", "InversionTime", "FlipAngle", "KVP", "ConvolutionKernel", "AcquisitionNumber", "ImageType",
+    "AcquisitionTime", "ContentTime",
 )  # fmt: skip
 # Binary attributes: format of one value (`struct`).
 _BINARY = {

@@ -99,7 +99,7 @@ def _parts(headers: list[Header]) -> list[_Part]:
         again = same is not header and header.instance_uid and same.position == header.position
         if header.refusal:
             aside[header.refusal].append(header)
-        elif again or (content in seen and header.position and header.number):  # or sent under another identifier
+        elif again or (content in seen and _is_dated(header)):  # or sent under another identifier
             aside["duplicate_instance"].append(header)
         else:
             seen.add(content)
@@ -110,6 +110,13 @@ def _parts(headers: list[Header]) -> list[_Part]:
         value = reason if len(aside[reason]) < len(headers) else ""
         parts.append(_Part(slices=aside[reason], reason=reason, detail=detail, value=value))
     return parts + (_volumes(usable) if usable else [])
+
+
+def _is_dated(header: Header) -> bool:
+    """Whether place, number and time of a slice say which one it is, so that another one like it is a copy."""
+    return bool(
+        header.position and header.number and ("ContentTime" in header.splits or "AcquisitionTime" in header.splits)
+    )
 
 
 def _volumes(headers: list[Header]) -> list[_Part]:
