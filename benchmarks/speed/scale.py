@@ -8,7 +8,6 @@ identifiers of the usual length. `--long N` also stores one series of N slices a
 """
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -16,27 +15,20 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
+from convert_series import KEY, core_seconds, measure_long, write_series
 from measure import print_lines
-from read_series import KEY, write_series
 
 from hilum.archive import dicom, spill
 from hilum.archive.dicom.header import Header
 from hilum.archive.ledger import Entry, write_ledger
 from hilum.archive.plan import make_plan
-from hilum.archive.policy import AS_IS
-from hilum.archive.prepare import _store_scan, prepare
+from hilum.archive.prepare import prepare
 from hilum.archive.scan import find, walk
 from hilum.archive.spill import Spill, decode, encode
-from hilum.archive.workers import Crashed, run
+from hilum.archive.store.store import index_path, read_index
 
 SLICES = 150  # of a made-up series
 UID = "1.2.840.113619.2.55.3.2831868886.{}.1234567890.1{:06d}"
-
-
-def core_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def core_rate(work: Callable[[], object], count: float) -> float:
@@ -110,40 +102,11 @@ def measure_archive(num_series: int, num_slices: int, repeats: int, results: dic
                 results.setdefault(f"prepare slices/s, {num_workers} worker(s)", []).append(total / seconds[-1])
             results.setdefault("prepare speed-up of two workers, wall", []).append(seconds[0] / seconds[1])
         size = sum(p.stat().st_size for p in store.glob("volumes/*/*"))
-        index = store / "index" / "index.parquet"
+        index = index_path(store)
+        foreground = sum(len(row.foreground) for row in read_index(index))
         results["store bytes a slice"] = [size / total]
         results["index bytes a slice"] = [index.stat().st_size / total]
-        results["index bytes a scan, without its slices"] = [_bytes_without_slices(index) / num_series]
-
-
-def _bytes_without_slices(index: Path) -> float:
-    group = pq.read_metadata(index).row_group(0)
-    columns = [group.column(n) for n in range(group.num_columns)]
-    return sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] not in
-               ("foreground", "center", "spread"))  # fmt: skip
-
-
-def peak_mib() -> float:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-
-
-def store_and_tell(entry: Entry, store: Path) -> tuple[float, float]:
-    """Peak memory of a worker before and after it has stored a scan."""
-    begun = peak_mib()
-    _store_scan(entry, store=store, policy=AS_IS)
-    return begun, peak_mib()
-
-
-def measure_long(num_slices: int, results: dict[str, list[float]]) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        archive = Path(temporary) / "archive"
-        archive.mkdir()
-        write_series(archive, num_slices)
-        work = partial(store_and_tell, store=Path(temporary) / "store")
-        ((_, found),) = run(work, find(archive, KEY), 2)
-        assert not isinstance(found, Crashed)
-    results["worker MiB before its first scan"] = [found[0]]
-    results[f"worker peak MiB, {num_slices} slices"] = [found[1]]
+        results["index bytes a scan, without its slices"] = [(index.stat().st_size - foreground) / num_series]
 
 
 def main() -> None:
@@ -158,7 +121,7 @@ def main() -> None:
     measure_archive(given.series, given.slices, given.repeats, results)
     measure_lists(given.made_up, results)
     if given.long:
-        measure_long(given.long, results)
+        results |= measure_long(given.long)
     print_lines(results, num_series=given.series, num_slices=given.slices, num_made_up=given.made_up)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from hilum import large
 from hilum.errors import GeometryError
 
 Spacing = tuple[float, float, float]
@@ -115,7 +116,7 @@ def orient(vol: Volume, code: str) -> Volume:
             voxels = np.flip(voxels, axis)
             affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
             affine[:3, axis] *= -1
-    return replace(vol, voxels=np.ascontiguousarray(voxels), affine=affine)
+    return replace(vol, voxels=large.contiguous(voxels), affine=affine)
 
 
 def _axis_of(letter: str) -> int:

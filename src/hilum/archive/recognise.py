@@ -6,6 +6,7 @@ file beside it that names it.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -43,10 +44,11 @@ def look_at(name: str, root: Path, key: Key, check: Callable[[Entry], Entry] | N
             if looks_like_dicom(head):
                 headers = read_headers(handle, path)
                 return [h if h.refusal != "not_an_image" else loose(name, root, key, "not_an_image") for h in headers]
+            if image.looks_like_image(head):
+                handle.seek(0)
+                return [_slice(name, root, key, handle)]
     except OSError as error:
         return [loose(name, root, key, "unreadable", type(error).__name__)]
-    if image.looks_like_image(head):
-        return [_slice(name, root, key)]
     for reader, is_one, read in (
         ("nifti", nifti.looks_like_nifti(head), nifti.read_header),
         ("itk", itk.looks_like_itk(head), itk.read_header),
@@ -69,10 +71,10 @@ def loose(name: str, root: Path, key: Key, reason: str, detail: str = "", reader
     return Entry(key=key.hash("item", name), reader=reader, reason=reason, detail=detail, paths=(root / name,))
 
 
-def _slice(name: str, root: Path, key: Key) -> Entry:
+def _slice(name: str, root: Path, key: Key, handle: BinaryIO) -> Entry:
     """The row of a PNG, JPEG or TIFF."""
     try:
-        rows, columns = image.read_header(root / name)
+        rows, columns = image.read_header(handle)
     except ScanRefused as refused:
         return loose(name, root, key, refused.reason, refused.detail, "image")
     return Entry(

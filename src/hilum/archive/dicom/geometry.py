@@ -1,6 +1,6 @@
 """Slices → one box: order and spacing come from ImagePositionPatient along the slice normal alone (PS3.3 C.7.6.2.1.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from hilum.archive.dicom.header import Header
 from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
+from hilum.large import each, gather
 from hilum.volume import FloatArray
 
 SAME_DIRECTION = 3.5e-3  # largest difference of direction cosines in one stack: 0.2°, 0.4 mm at the border of a head
@@ -193,15 +194,19 @@ def even_slices(voxels: NDArray[Any], at: Sequence[float]) -> tuple[NDArray[Any]
     returns  (M, Y, X) of the same type; how many of the M slices are no slice as it was acquired
     """
     where = np.asarray(at)
-    out = np.empty((round(where[-1]) + 1, *voxels.shape[1:]), voxels.dtype)
-    made = 0
-    for k in range(len(out)):
-        right = int(np.searchsorted(where, k - 0.01))
-        if abs(where[right] - k) <= 0.01:
-            out[k] = voxels[right]
-            continue
-        made += 1
-        weight = (k - where[right - 1]) / (where[right] - where[right - 1])
-        between = voxels[right - 1] * (1 - weight) + voxels[right] * weight
-        out[k] = np.rint(between) if voxels.dtype.kind in "iu" else between
-    return out, made
+    made = []
+
+    def even() -> Iterator[NDArray[Any]]:
+        for k in range(round(where[-1]) + 1):
+            right = int(np.searchsorted(where, k - 0.01))
+            if abs(where[right] - k) <= 0.01:
+                yield from each(voxels, [right])
+                continue
+            made.append(k)
+            weight = (k - where[right - 1]) / (where[right] - where[right - 1])
+            (before,) = (s * (1 - weight) for s in each(voxels, [right - 1]))
+            (after,) = (s * weight for s in each(voxels, [right]))
+            yield np.rint(before + after) if voxels.dtype.kind in "iu" else before + after
+
+    out = gather(even(), (round(where[-1]) + 1, *voxels.shape[1:]), voxels.dtype)
+    return out, len(made)

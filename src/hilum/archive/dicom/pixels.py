@@ -19,6 +19,7 @@ from hilum.archive.dicom.header import BROKEN, HEADER_TAGS, Header, Texts, descr
 from hilum.archive.dicom.slices import quick, slices
 from hilum.archive.policy import AS_IS, Policy
 from hilum.errors import ScanRefused
+from hilum.large import each, empty, gather
 from hilum.volume import Volume, straighten, to_slices
 
 SMALLEST_TILT_DEG = 0.1  # below, the sheared affine is a rounding of positions
@@ -55,18 +56,24 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
                 headers[n] = header
                 notes |= {note} if note else set()
                 num_padded += int(padded.sum()) if padded is not None else 0
-                plane = _rescale(pixels, header, padded)
-                if voxels is None:
-                    voxels = np.empty((len(paths), *plane.shape), plane.dtype)
-                elif _WIDER.index(plane.dtype) > _WIDER.index(voxels.dtype):
-                    voxels = voxels.astype(plane.dtype)
-                voxels[n] = plane
+                voxels = _put(voxels, n, _rescale(pixels, header, padded), len(paths))
     if voxels is None or len(headers) < len(paths):
         raise ScanRefused("no_geometry", f"{len(headers)} of {len(paths)} slices found")
     if num_padded:
         notes.add(f"{num_padded} padding pixels set to {_AIR_HU} HU")
     vol, repairs = _volume([headers[n] for n in range(len(paths))], voxels, policy)
     return vol, tuple(sorted(notes | repairs))
+
+
+def _put(voxels: NDArray[Any] | None, n: int, plane: NDArray[Any], num_slices: int) -> NDArray[Any]:
+    """Voxels with slice `n` filled in: made with the first slice, made anew when one needs a wider type."""
+    if voxels is None:
+        voxels = empty((num_slices, *plane.shape), plane.dtype)
+    elif _WIDER.index(plane.dtype) > _WIDER.index(voxels.dtype):
+        voxels = gather(each(voxels), voxels.shape, plane.dtype)
+    for place in each(voxels, [n]):
+        place[:] = plane
+    return voxels
 
 
 def _check_alike(header: Header, first: Header, num_slices: int) -> None:
@@ -81,15 +88,17 @@ def _volume(headers: list[Header], voxels: NDArray[Any], policy: Policy) -> tupl
     repairs = set()
     found = stack(headers, policy)
     if found.order != tuple(range(len(headers))):
-        voxels = voxels[list(found.order)]
+        voxels = gather(each(voxels, found.order), voxels.shape, voxels.dtype)
     if found.at:
         voxels, made = even_slices(voxels, found.at)
         repairs.add(f"{made} of {len(voxels)} slices interpolated")
-    low, high = voxels.min(), voxels.max()
+    ends = [(plane.min(), plane.max()) for plane in each(voxels)]
+    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
     if low == high:
         raise ScanRefused("constant", f"all voxels {float(low):g}")
     if voxels.dtype == np.int32:
-        voxels = voxels.astype(np.int16 if low >= -32768 and high <= 32767 else np.float32)
+        fitting = np.int16 if low >= -32768 and high <= 32767 else np.float32
+        voxels = gather(each(voxels), voxels.shape, fitting)
     modality = headers[0].modality
     vol = Volume(voxels=voxels, affine=found.affine, modality=modality, unit="HU" if modality == "CT" else "")
     if policy.resample_tilt and vol.shear_deg > SMALLEST_TILT_DEG:
@@ -102,6 +111,11 @@ def _rescale(pixels: NDArray[Any], header: Header, padded: NDArray[np.bool_] | N
     """Stored pixels → values, by the slope and intercept of this slice; int16, int32 or float32. Padding becomes air."""
     slope = 1.0 if header.slope is None else header.slope
     intercept = header.intercept or 0.0
+    short = padded is None and pixels.dtype.itemsize == 2 and slope == 1.0 and intercept == round(intercept)
+    if short and _within(pixels, -32768 - int(intercept), 32767 - int(intercept)):
+        # The sums fit, so those of 16 bits are right whatever overflows on the way.
+        bits = pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(np.uint16)
+        return (bits + np.uint16(int(intercept) & 0xFFFF)).view(np.int16)
     if slope != 1.0 or intercept != round(intercept) or abs(intercept) > 1 << 30 or pixels.dtype.itemsize > 2:
         values: NDArray[Any] = (pixels * slope + intercept).astype(np.float32)
     else:
@@ -111,6 +125,10 @@ def _rescale(pixels: NDArray[Any], header: Header, padded: NDArray[np.bool_] | N
     if values.dtype == np.int32 and values.min() >= -32768 and values.max() <= 32767:
         return values.astype(np.int16)
     return values
+
+
+def _within(pixels: NDArray[Any], low: int, high: int) -> bool:
+    return low <= int(pixels.min()) and int(pixels.max()) <= high
 
 
 def read_slice(path: Path, frame: int = 0) -> tuple[Header, NDArray[Any], str]:
@@ -266,10 +284,11 @@ def _clear_unused_bits(pixels: NDArray[Any], text: Texts, *, words: bool) -> tup
         raise ScanRefused("cannot_decode", f"BitsStored {stored}, HighBit {high}, {allocated} bits decoded")
     if stored == allocated:
         return pixels, ""
-    if not words:
-        low = -(1 << (stored - 1)) if np.issubdtype(pixels.dtype, np.signedinteger) else 0
-        if pixels.min() < low or pixels.max() >= low + (1 << stored):
-            raise ScanRefused("cannot_decode", f"decoded values exceed BitsStored {stored}")
+    low = -(1 << (stored - 1)) if np.issubdtype(pixels.dtype, np.signedinteger) else 0
+    fits = _within(pixels, low, low + (1 << stored) - 1)
+    if not words and not fits:
+        raise ScanRefused("cannot_decode", f"decoded values exceed BitsStored {stored}")
+    if not words or (fits and high == stored - 1):
         return pixels, ""
     cleared: NDArray[Any] = (pixels << (allocated - 1 - high)) >> (allocated - stored)
     changed = high == stored - 1 and bool((cleared != pixels).any())

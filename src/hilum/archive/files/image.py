@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -29,9 +30,12 @@ def looks_like_image(head: bytes) -> bool:
     return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*"))
 
 
-def read_header(path: Path) -> tuple[int, int]:
-    """Rows and columns, without decoding unless colour channels must be compared. Raises ScanRefused."""
-    with _opened(path) as image:
+def read_header(source: Path | BinaryIO) -> tuple[int, int]:
+    """Rows and columns, without decoding unless colour channels must be compared. Raises ScanRefused.
+
+    source  the file, or its open handle at its begin
+    """
+    with _opened(source) as image:
         columns, rows = image.size
         if image.mode not in ("L", "I;16", "I;16B", "I"):
             _grey(image)
@@ -54,13 +58,13 @@ def read(path: Path) -> tuple[Volume, tuple[str, ...]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(source: Path | BinaryIO) -> Iterator[Image.Image]:
     """An image whose header has been read; Pillow's errors become refusals, also those of the body."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+            with Image.open(source, formats=("PNG", "JPEG", "TIFF")) as image:
                 num_frames = getattr(image, "n_frames", 1)
                 if num_frames > 1:
                     raise ScanRefused("not_3d", f"{num_frames} pages or frames in one image file")

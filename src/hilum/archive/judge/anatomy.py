@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from hilum.archive.store.content import IN_PLANE, outside
+from hilum.large import each, gather
 from hilum.volume import FloatArray, Volume, orient
 
 OBLIQUE_DEG = 20.0  # from the nearest body axis
@@ -22,7 +24,6 @@ SMALLEST_FIELD_MM = 150.0  # a smaller slice is a crop and shows no cross-sectio
 LEAST_MM = {"head": 40.0, "neck": 40.0, "chest": 80.0, "abdomen": 60.0, "pelvis": 30.0}
 LEAST_SHARE = 0.5
 
-_IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)
 Mask = NDArray[np.bool_]
 
 
@@ -87,13 +88,14 @@ def measure_sections(vol: Volume) -> Sections | None:
     step = np.maximum(np.rint(np.array([STEP_MM, PIXEL_MM, PIXEL_MM]) / spacing), 1).astype(int)
     step[0] = max(step[0], -(-body.shape[0] // MOST_SECTIONS))
     few = body.voxels[min(step[0], body.shape[0]) // 2 :: step[0], :: step[1], :: step[2]]
+    few = gather(each(few), few.shape, few.dtype)
     pixel_cm2 = float(step[1] * spacing[1] * step[2] * spacing[2]) / 100
     inside = _largest(np.asarray(few > -300))
     bone = inside & (few > 250)
-    inside = np.logical_not(_outside(inside))
+    inside = np.logical_not(outside(inside))
     area = inside.sum((1, 2)).astype(float)
     safe = np.maximum(area, 1)
-    ring = ndimage.binary_closing(bone, _IN_PLANE)
+    ring = ndimage.binary_closing(bone, IN_PLANE)
     columns = np.arange(few.shape[2])
     weight = inside.sum(1)
     center = (weight @ columns) / np.maximum(weight.sum(1), 1)
@@ -104,7 +106,7 @@ def measure_sections(vol: Volume) -> Sections | None:
         area_cm2=area * pixel_cm2,
         lung=(inside & (few > -950) & (few < -500)).sum((1, 2)) / safe,
         bone=num_bone / safe,
-        enclosed=(inside & ~ring & ~_outside(ring)).sum((1, 2)) / safe,
+        enclosed=(inside & ~ring & ~outside(ring)).sum((1, 2)) / safe,
         lateral=(bone.sum(1) * far).sum(1) / np.maximum(num_bone, 1),
         step_mm=float(step[0] * spacing[0]),
     )
@@ -112,19 +114,11 @@ def measure_sections(vol: Volume) -> Sections | None:
 
 def _largest(mask: Mask) -> Mask:
     """The largest connected part of each slice."""
-    labels, num = ndimage.label(mask, _IN_PLANE)
+    labels, num = ndimage.label(mask, IN_PLANE)
     if not num:
         return mask
     largest = [int(np.bincount(s[s > 0]).argmax()) if s.any() else num + 1 for s in labels]
     return np.asarray(labels == np.array(largest)[:, None, None])
-
-
-def _outside(mask: Mask) -> Mask:
-    """What is not in a mask and connected, within the slice, with the border of the image."""
-    labels, num = ndimage.label(np.pad(~mask, ((0, 0), (1, 1), (1, 1)), constant_values=True), _IN_PLANE)
-    outer = np.zeros(num + 1, bool)
-    outer[labels[:, 0, 0]] = True
-    return np.asarray(outer[labels[:, 1:-1, 1:-1]])
 
 
 def _where(s: Sections) -> dict[str, Mask]:

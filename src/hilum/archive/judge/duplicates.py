@@ -72,7 +72,7 @@ def _cells(vol: Volume) -> NDArray[np.float64]:
 
     Cells may cut a voxel: it then counts in parts, in whole 1/16, so that sums of whole numbers are exact in any order.
     """
-    few = thin(vol.voxels)[:: max(vol.shape[0] // 64, 1)]
+    few = thin(vol.voxels[:: max(vol.shape[0] // 64, 1)])
     cells = np.asarray(few, np.float64)
     for axis in (2, 1, 0):
         weights = _overlap(cells.shape[axis], min(CELLS, cells.shape[axis]))

@@ -15,9 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hilum.large import each, gather
+
 Values = NDArray[np.float64]
 
 SIDE = 128  # at most about this many samples per axis of a slice
+_BLOCK = 1 << 20  # samples counted at once
 LOWEST_AIR = -1100.0  # noise and overshoot around −1000 end here
 
 # (slope, shift) → HU, for what goes wrong on the way: rescale forgotten, applied twice, tenfold, inverted.
@@ -66,9 +69,10 @@ class HounsfieldCheck:
 
 
 def thin(voxels: NDArray[Any]) -> NDArray[Any]:
-    """Every n-th row and column (a view), so that about SIDE…2·SIDE samples per axis of a slice remain."""
+    """Every n-th row and column (copied), so that about SIDE…2·SIDE samples per axis of a slice remain."""
     _, rows, columns = voxels.shape
-    return voxels[:, :: max(rows // SIDE, 1), :: max(columns // SIDE, 1)]
+    few = voxels[:, :: max(rows // SIDE, 1), :: max(columns // SIDE, 1)]
+    return gather(each(few), few.shape, few.dtype)
 
 
 def check_hounsfield(voxels: NDArray[Any]) -> HounsfieldCheck:
@@ -98,8 +102,9 @@ def _histogram(voxels: NDArray[Any]) -> tuple[Values, Values]:
             found, times = np.unique(few, return_counts=True)
             return found, times.astype(np.float64)
         few = few.astype(np.int16)
-    often = np.bincount(np.ascontiguousarray(few).view(np.uint16).ravel(), minlength=65536)
-    often = np.roll(often, 32768)
+    flat = few.view(np.uint16).ravel()
+    blocks = (flat[n : n + _BLOCK] for n in range(0, len(flat), _BLOCK))  # counting needs 8 bytes a sample
+    often = np.roll(sum(np.bincount(block, minlength=65536) for block in blocks), 32768)
     found = np.flatnonzero(often)
     return found.astype(np.float64) - 32768, often[found].astype(np.float64)
 

@@ -19,6 +19,7 @@ from hilum.volume import Volume
 
 GRID = 32  # cells per side of the stored foreground grid
 CT_AIR_HU = -600.0
+IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)  # neighbours
 _AT = (np.arange(GRID, dtype=np.float64) + 0.5) / GRID  # centre of each cell, as a fraction of the image
 
 
@@ -98,11 +99,17 @@ def measure_slices(slices: Iterable[NDArray[np.generic]], unit: str) -> Content:
     """Find the anatomy in slices (Y, X) of one volume, given one after the other."""
     means = np.stack([shrink(s, 2 * GRID) for s in slices])
     threshold = CT_AIR_HU if unit == "HU" else foreground_threshold(means)
-    anatomy = means > threshold
-    for mask in anatomy:
-        ndimage.binary_fill_holes(mask, output=mask)
+    anatomy = ~outside(means > threshold)
     share = anatomy.reshape(len(anatomy), GRID, 2, GRID, 2).mean((2, 4), dtype=np.float32)
     return Content(cells=np.rint(share * 255).astype(np.uint8), threshold=float(threshold))
+
+
+def outside(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What is not in a mask and connected, within the slice, with the border of the image."""
+    labels, num = ndimage.label(np.pad(~mask, ((0, 0), (1, 1), (1, 1)), constant_values=True), IN_PLANE)
+    outer = np.zeros(num + 1, bool)
+    outer[labels[:, 0, 0]] = True
+    return np.asarray(outer[labels[:, 1:-1, 1:-1]])
 
 
 def pack_cells(cells: NDArray[np.uint8]) -> bytes:

@@ -30,8 +30,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hilum import large
 from hilum.archive.store.content import SliceContent, measure_slices, pack_cells, unpack_cells
 from hilum.errors import InputError, StoreError
+from hilum.large import each, gather
 from hilum.records import explain_full_disk, hash_file, read_json, write_atomic, write_json
 from hilum.volume import Volume, crop_or_pad
 
@@ -101,14 +103,16 @@ def quantise(voxels: NDArray[Any]) -> tuple[NDArray[np.int16], float, float, boo
     """
     if voxels.dtype == np.int16:
         return voxels, 1.0, 0.0, True
-    low, high = float(voxels.min()), float(voxels.max())
-    whole = np.issubdtype(voxels.dtype, np.integer) or bool((voxels == np.rint(voxels)).all())
+    ends = [(float(s.min()), float(s.max())) for s in each(voxels)]
+    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+    whole = np.issubdtype(voxels.dtype, np.integer) or all((s == np.rint(s)).all() for s in each(voxels))
     if whole and high - low <= 65535:
         intercept = 0.0 if low >= -32768 and high <= 32767 else low + 32768
-        return (voxels.astype(np.float64) - intercept).astype(np.int16), 1.0, intercept, True
+        shifted = (s.astype(np.float64) - intercept for s in each(voxels))
+        return gather(shifted, voxels.shape, np.int16), 1.0, intercept, True
     slope = (high - low) / 65534
-    stored = np.rint((voxels.astype(np.float64) - low) / slope - 32767).astype(np.int16)
-    return stored, slope, low + 32767 * slope, False
+    rounded = (np.rint((s.astype(np.float64) - low) / slope - 32767) for s in each(voxels))
+    return gather(rounded, voxels.shape, np.int16), slope, low + 32767 * slope, False
 
 
 def restore(stored: NDArray[np.int16], slope: float, intercept: float) -> NDArray[Any]:
@@ -124,7 +128,8 @@ def restore(stored: NDArray[np.int16], slope: float, intercept: float) -> NDArra
 def hash_pixels(stored: NDArray[np.int16], slope: float, intercept: float) -> str:
     """16 hex digits: equal for equal values on an equal grid, wherever the scan came from."""
     digest = hashlib.sha256(repr((stored.shape, slope, intercept)).encode())
-    digest.update(np.ascontiguousarray(stored, "<i2").data)
+    for plane in each(stored):
+        digest.update(np.ascontiguousarray(plane, "<i2").data)
     return digest.hexdigest()[:16]
 
 
@@ -144,19 +149,26 @@ def write_volume(
     The content is measured on the stored numbers, so that it can be checked later.
     """
     stored, slope, intercept, exact = quantise(vol.voxels)
-    content = measure_slices((restore(s, slope, intercept) for s in stored), vol.unit)
+    content = measure_slices((restore(s, slope, intercept) for s in each(stored)), vol.unit)
     z, y, x = stored.shape
     path = volume_path(root, key)
     with write_atomic(path) as temporary:
-        blosc2.asarray(
-            np.ascontiguousarray(stored),
-            urlpath=str(temporary),
+        # Each slice that is added to a file costs a dozen calls of the system: compressed in memory, it is one at the end.
+        at_once = stored.nbytes <= 2 * large.LIMIT_BYTES  # half of that, compressed
+        array = blosc2.empty(
+            stored.shape,
+            np.int16,
+            urlpath=None if at_once else str(temporary),
             mode="w",
             chunks=(1, y, x),
             blocks=(1, min(y, BLOCK), min(x, BLOCK)),
             cparams={"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
             meta={"content": pack_cells(content.cells)},
         )
+        for k, one in enumerate(each(stored)):
+            array[k] = np.ascontiguousarray(one)
+        if at_once:
+            array.save(str(temporary), mode="w")
     return Row(
         key=key,
         patient=patient,
