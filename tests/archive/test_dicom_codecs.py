@@ -91,10 +91,10 @@ def test_missing_decoder_names_its_package(monkeypatch):
     missing_decoder.cache_clear()
     monkeypatch.setattr(type(get_decoder(RLELossless)), "is_available", property(lambda self: False))
     try:
-        assert "JPEG 2000" in missing_decoder("1.2.840.10008.1.2.4.90")
-        assert missing_decoder("1.2.840.10008.1.2.4.90").endswith("needs the package pylibjpeg-openjpeg")
-        assert missing_decoder("1.2.840.10008.1.2.4.70").endswith("needs the package python-gdcm")
-        assert missing_decoder("1.2.840.10008.1.2.4.80").endswith("needs the package pyjpegls")
+        assert "JPEG 2000" in missing_decoder("1.2.840.10008.1.2.4.90", 12)
+        assert missing_decoder("1.2.840.10008.1.2.4.90", 12).endswith("needs the package pylibjpeg-openjpeg")
+        assert missing_decoder("1.2.840.10008.1.2.4.70", 12).endswith("needs the package python-gdcm")
+        assert missing_decoder("1.2.840.10008.1.2.4.80", 12).endswith("needs the package pyjpegls")
     finally:
         missing_decoder.cache_clear()
 

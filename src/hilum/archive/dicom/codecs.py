@@ -57,10 +57,15 @@ def syntax_name(syntax: str) -> str:
 
 
 @cache
-def missing_decoder(syntax: str) -> str:
-    """Why a transfer syntax cannot be decoded here, with the package that would do it; "" when it can."""
+def missing_decoder(syntax: str, bits: int) -> str:
+    """Why a transfer syntax cannot be decoded here, with the package that would do it; "" when it can.
+
+    bits  BitsStored; pydicom trusts no permissive decoder with JPEG Extended beyond 8
+    """
     if syntax in PLAIN or syntax in (_BOXED, _DEFLATED_FRAMES):
         return ""
+    if syntax == _JPEG + "51" and bits > 8:
+        return f"{syntax_name(syntax)}: no permissive decoder is known for {bits} bits"
     try:
         if get_decoder(syntax).is_available:
             return ""
@@ -79,7 +84,7 @@ def decode(data: Dataset, syntax: str, frames: Sequence[int], num_frames: int) -
     Raises ScanRefused, or what the decoders raise. Without an offset table, every frame is found by going through all
     fragments before it: when more than half of the frames are wanted, all are decoded in one pass instead.
     """
-    if missing := missing_decoder(syntax):
+    if missing := missing_decoder(syntax, int(data.get("BitsStored") or 0)):
         raise ScanRefused("cannot_decode", missing)
     if syntax in (_BOXED, _DEFLATED_FRAMES):
         yield from _decode_boxed(data, syntax, frames, num_frames)

@@ -100,10 +100,14 @@ def by_orientation(headers: Sequence[Header]) -> dict[tuple[float, ...], list[He
 
 
 def by_size(headers: Sequence[Header]) -> dict[str, list[Header]]:
-    """Slices of equal matrix, pixel spacing, modality and frame of reference together, as `by_orientation` does."""
+    """Slices of equal matrix, pixel spacing, modality and frame of reference together, as `by_orientation` does.
+
+    Frames of reference count unless nearly every slice has its own, which is what some anonymisers make of them.
+    """
     groups: dict[tuple[object, ...], list[Header]] = {}
+    framed = 2 * len({h.frame_of_reference for h in headers}) <= len(headers)
     for header in sorted(headers, key=lambda h: (h.pixel_spacing, h.path, h.frame)):
-        kind = header.rows, header.columns, header.modality, header.frame_of_reference
+        kind = header.rows, header.columns, header.modality, header.frame_of_reference if framed else ""
         near = next((k for k in groups if k[:-1] == kind and _alike(k[-1], header.pixel_spacing)), None)
         groups.setdefault(near or (*kind, header.pixel_spacing), []).append(header)
         if len(groups) > MAX_ORIENTATIONS:

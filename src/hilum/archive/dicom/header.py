@@ -352,7 +352,7 @@ def _refusal(text: Texts, sop_class: str, modality: str, size: int, num_frames: 
     expected = rows * columns * bits // 8 * num_frames
     if text.syntax in PLAIN and size < expected:
         return "truncated", f"{size} bytes, expected at least {expected}"
-    missing = missing_decoder(text.syntax)
+    missing = missing_decoder(text.syntax, integer(text["BitsStored"] or "0"))
     return ("cannot_decode", missing) if missing else ("", "")
 
 
