@@ -18,7 +18,8 @@ import torch
 from measure import print_lines, take_turns
 
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct
-from hilum.archive.store.store import Store, index_path, open_for_writing, write_header, write_index, write_volume
+from hilum.archive.store.index import index_path, write_index
+from hilum.archive.store.store import Store, open_for_writing, write_header, write_volume
 from hilum.encode import vit
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch, Slices

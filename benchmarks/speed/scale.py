@@ -25,7 +25,7 @@ from hilum.archive.plan import make_plan
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import find, walk
 from hilum.archive.spill import Spill, decode, encode
-from hilum.archive.store.store import index_path, read_index
+from hilum.archive.store.index import index_path, read_index
 
 SLICES = 150  # of a made-up series
 UID = "1.2.840.113619.2.55.3.2831868886.{}.1234567890.1{:06d}"

@@ -25,17 +25,8 @@ from measure import print_lines, rate, take_turns
 
 from hilum.archive.store import store as store_module
 from hilum.archive.store.export import export_nifti
-from hilum.archive.store.store import (
-    INDEX_SCHEMA,
-    Store,
-    index_path,
-    merge_indexes,
-    open_for_writing,
-    volume_path,
-    write_header,
-    write_index,
-    write_volume,
-)
+from hilum.archive.store.index import INDEX_SCHEMA, index_path, merge_indexes, write_index
+from hilum.archive.store.store import Store, open_for_writing, volume_path, write_header, write_volume
 from hilum.volume import Volume
 
 KEY = "a" * 16

@@ -24,7 +24,8 @@ from pydicom.uid import (
 )
 
 from hilum.archive.ledger import Entry, write_entries
-from hilum.archive.store.store import index_path, open_for_writing, write_header, write_index, write_volume
+from hilum.archive.store.index import index_path, write_index
+from hilum.archive.store.store import open_for_writing, write_header, write_volume
 from hilum.volume import Volume
 
 CT, MR = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4"

@@ -8,20 +8,11 @@ import blosc2
 import numpy as np
 import pytest
 
+from hilum.archive.store import index as index_module
 from hilum.archive.store import store as module
 from hilum.archive.store.content import measure_content
-from hilum.archive.store.store import (
-    Store,
-    check_header,
-    index_path,
-    merge_indexes,
-    open_for_writing,
-    quantise,
-    read_index,
-    write_header,
-    write_index,
-    write_volume,
-)
+from hilum.archive.store.index import index_path, merge_indexes, read_index, write_index
+from hilum.archive.store.store import Store, check_header, open_for_writing, quantise, write_header, write_volume
 from hilum.errors import InputError, StoreError
 from hilum.volume import Volume, crop_or_pad
 
@@ -187,7 +178,7 @@ def test_a_slice_and_a_crop_do_not_read_the_rest(make_store, make_volume):
 
 
 def test_rows_are_found_and_built_when_asked_for(make_store, make_volume, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_ROWS", 3)  # several pieces
+    monkeypatch.setattr(index_module, "BATCH_ROWS", 3)  # several pieces
     volumes = [make_volume(n, (n % 3 + 1, 5, 6)) for n in range(8)]
     store = make_store(*volumes)
     assert len(store.rows.table["key"].chunks) == 3
@@ -214,13 +205,13 @@ def test_joined_indexes_are_those_of_all_rows(make_store, make_volume, tmp_path,
     """However many there are, whatever is in which; of equal keys the first stays."""
     rows = list(make_store(*[make_volume(n, (1, 3, 3)) for n in range(12)]).rows)
     rows[4:7] = [replace(row, affine=None) for row in rows[4:7]]
-    monkeypatch.setattr(module, "BATCH_ROWS", 5)
+    monkeypatch.setattr(index_module, "BATCH_ROWS", 5)
     write_index(tmp_path / "whole", rows)
     parts = [rows[7:2:-1], rows[:4], [], rows[8:], rows[5:9]]
     for n, part in enumerate(parts):
         write_index(tmp_path / f"part{n}", part)
     for max_open in (2, 3, 256):
-        monkeypatch.setattr(module, "MAX_OPEN", max_open)
+        monkeypatch.setattr(index_module, "MAX_OPEN", max_open)
         merge_indexes(tmp_path / "joined", [tmp_path / f"part{n}" for n in range(len(parts))])
         assert (tmp_path / "joined").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not list(tmp_path.glob(".*.tmp"))

@@ -20,7 +20,8 @@ from hilum.archive.prepare import prepare
 from hilum.archive.store import care as module
 from hilum.archive.store import verify as verify_module
 from hilum.archive.store.care import append, compact, merge
-from hilum.archive.store.store import INDEX_SCHEMA, Store, index_path, volume_path, write_index
+from hilum.archive.store.index import INDEX_SCHEMA, index_path, write_index
+from hilum.archive.store.store import Store, volume_path
 from hilum.archive.store.verify import verify
 from hilum.archive.workers import Crashed
 from hilum.errors import StoreError, UsageError

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hilum.archive.store.store import index_path, open_for_writing, write_header, write_index, write_volume
+from hilum.archive.store.index import index_path, write_index
+from hilum.archive.store.store import open_for_writing, write_header, write_volume
 from hilum.encode.vit import ViTConfig
 from hilum.pretrain.recipe import Objective, Optimiser, Recipe, Run, ViewSpec
 from hilum.volume import Volume

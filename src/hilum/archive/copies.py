@@ -9,7 +9,7 @@ from hilum.archive.judge.duplicates import exact_duplicates, near_duplicates
 from hilum.archive.ledger import Entry
 from hilum.archive.policy import Policy
 from hilum.archive.reasons import flag
-from hilum.archive.store.store import Rows
+from hilum.archive.store.index import Rows
 from hilum.errors import UsageError
 
 FEWEST_SLICES = 5  # 64 bits of a single slice agree too often: 1,104 flags on the 4,069 scans at hand, 3 on volumes

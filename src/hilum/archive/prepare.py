@@ -34,19 +34,8 @@ from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import Listing, examine, walk
-from hilum.archive.store.store import (
-    Row,
-    check_header,
-    drop_rows,
-    index_path,
-    merge_indexes,
-    open_for_writing,
-    read_index,
-    volume_path,
-    write_header,
-    write_index,
-    write_volume,
-)
+from hilum.archive.store.index import Row, drop_rows, index_path, merge_indexes, read_index, write_index
+from hilum.archive.store.store import check_header, open_for_writing, volume_path, write_header, write_volume
 from hilum.archive.workers import Crashed, run
 from hilum.errors import (
     EXIT_INTERRUPTED,

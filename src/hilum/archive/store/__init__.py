@@ -1,1 +1,1 @@
-"""The store: `store` (write and read volumes), `verify`, `care` (merge, append, compact), `export`."""
+"""The store: `store` (write and read volumes), `index`, `verify`, `care` (merge, append, compact), `export`."""

@@ -16,17 +16,8 @@ from hilum.archive.locks import hold
 from hilum.archive.policy import Policy
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.store.store import (
-    Row,
-    Store,
-    check_header,
-    index_path,
-    merge_indexes,
-    open_for_writing,
-    orphans,
-    volume_path,
-    write_header,
-)
+from hilum.archive.store.index import Row, index_path, merge_indexes
+from hilum.archive.store.store import Store, check_header, open_for_writing, orphans, volume_path, write_header
 from hilum.errors import StoreError, UsageError
 from hilum.records import explain_full_disk, read_table, table_metadata, write_atomic, write_table
 from hilum.settings import from_dict

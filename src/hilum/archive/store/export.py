@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hilum.archive.files import nifti
-from hilum.archive.store.store import Row, Store, volume_path
+from hilum.archive.store.index import Row
+from hilum.archive.store.store import Store, volume_path
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import StoreError, UsageError
 from hilum.records import explain_full_disk, read_json, write_atomic, write_json

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hilum.archive.store.content import foreground_levels, measure_slices, unpack_cells
-from hilum.archive.store.store import Row, Store, hash_pixels, open_volume, orphans, restore, volume_path
+from hilum.archive.store.index import Row
+from hilum.archive.store.store import Store, hash_pixels, open_volume, orphans, restore, volume_path
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.errors import StoreError
 from hilum.records import hash_file, read_table
