@@ -63,6 +63,12 @@ def content(store: Path) -> dict[str, bytes]:
     return {p.relative_to(store).as_posix(): p.read_bytes() for p in store.rglob("*") if p.is_file()}
 
 
+def test_volumes_too_large_for_memory_end_in_the_same_bytes(archive, whole, key, tmp_path, monkeypatch):
+    monkeypatch.setattr("hilum.large.LIMIT_BYTES", 100)  # all but nothing
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
 def test_what_lies_in_the_store(archive, whole, key, large):
     summary = prepare(archive, whole, key=key)
     assert (summary["num_files"], summary["num_used"], summary["num_volumes"]) == (131, 121, 121)

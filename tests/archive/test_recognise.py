@@ -1,5 +1,6 @@
 """What one file is, by its content, whatever its name; and that each file counts once."""
 
+import builtins
 import gzip
 
 import nibabel as nib
@@ -32,6 +33,25 @@ def write_all(folder):
         "meta.mha": "itk", "packed.nrrd": "itk", "one.nii": "nifti", "two.nii.gz": "nifti", "numbers.npy": "array",
         "a.png": "image", "b.tif": "image", "c.jpg": "image", "notes.txt": "", "table.gz": "",
     }  # fmt: skip
+
+
+def test_dicom_files_and_images_are_opened_once(write_series, large, tmp_path, key, monkeypatch):
+    opened = []
+    real_open = builtins.open
+
+    def count(file, *args, **kwargs):
+        opened.append(str(file))
+        return real_open(file, *args, **kwargs)
+
+    write_series(large, series="1")
+    for name in ("a.png", "b.tif", "c.jpg"):
+        Image.fromarray(VOXELS[0].astype(np.uint8)).save(tmp_path / name)
+    monkeypatch.setattr(builtins, "open", count)
+    entries = scan(tmp_path, key)
+    files = [str(p) for p in tmp_path.rglob("*") if p.is_file()]
+    assert sum(e.used for e in entries) == 4
+    assert len(files) == len(large) + 3
+    assert [opened.count(f) for f in files] == [1] * len(files)
 
 
 def test_names_do_not_matter(tmp_path, key):

@@ -33,10 +33,10 @@ from hilum.archive.locks import hold
 from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.scan import Listing, examine, walk
+from hilum.archive.scan import MANY_FILES, Listing, examine, walk
 from hilum.archive.store.index import Row, drop_rows, index_path, merge_indexes, read_index, write_index
 from hilum.archive.store.store import check_header, open_for_writing, volume_path, write_header, write_volume
-from hilum.archive.workers import Crashed, run
+from hilum.archive.workers import Crashed, default_num_workers, run, start_server
 from hilum.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -99,6 +99,8 @@ def prepare(
     if store.exists() and not store.is_dir():
         raise StoreError(f"{store} is a file; choose a new folder")
     work = store / WORK
+    if engine == "local" and (num_workers or default_num_workers()) > 1 and listing.num_files > MANY_FILES:
+        start_server()  # it imports while this process reads headers
     if not _is_complete(store, header) or work.exists():
         with hold(work / "lock", f"the store {store}"):
             if not _is_complete(store, header):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 from hilum.errors import UsageError
@@ -103,9 +104,14 @@ def _pool(num_workers: int) -> ProcessPoolExecutor:
 
     They are forked from one server that has only imported what they need: importing takes a core second, forking none.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hilum.archive.prepare"])
-    return ProcessPoolExecutor(num_workers, context, initializer=_start_worker)
+    start_server()
+    return ProcessPoolExecutor(num_workers, multiprocessing.get_context("forkserver"), initializer=_start_worker)
+
+
+def start_server() -> None:
+    """Start what workers are forked from, without waiting for its imports: called early, they cost no time later."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["hilum.archive.prepare"])
+    forkserver.ensure_running()
 
 
 def _start_worker() -> None:

@@ -45,12 +45,14 @@ Bools = NDArray[np.bool_]
 class _Coarse:
     """The scan on cubic cells along the patient axes.
 
+    values  (Z, Y, X) averages
     head    (Z, Y, X) tissue of the head, cavities filled
     seen    (Z, Y, X) cells within the field of view
     origin  (x, y, z) mm of cell (0, 0, 0)
     air     mean value outside the head
     """
 
+    values: NDArray[np.float32]
     head: Bools
     seen: Bools
     origin: FloatArray
@@ -233,7 +235,7 @@ def _coarsen(vol: Volume) -> _Coarse | None:
     if head is None:
         return None
     around = seen & ~head
-    return _Coarse(head, seen, low, float(values[around].mean()) if around.any() else float(values.min()))
+    return _Coarse(values, head, seen, low, float(values[around].mean()) if around.any() else float(values.min()))
 
 
 def _largest_piece(tissue: Bools, *, skull_is_dark: bool) -> Bools | None:
