@@ -1,5 +1,6 @@
 """Defacing on a phantom whose face and brain are known voxel by voxel, and on every real scan at hand."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,3 +190,30 @@ def test_scans_of_anything_else_are_not_touched(real_data, key):
         if deface(scan)[::2] != (scan, 0)  # which is to say that the score is below 0.5
     ]
     assert not touched
+
+
+@pytest.mark.parametrize("unit", ["", "HU"])
+@pytest.mark.parametrize("name", ["knee", "tapered knee", "breast", "bottle"])
+def test_round_things_with_a_bump_are_no_heads(name, unit):
+    """Smooth bodies of a head's size without a skull; the limbs run through the field of view."""
+    size = np.array([55, 120, 100])
+    z, y, x = (np.indices(size) - size[:, None, None, None] / 2) * np.array([4.0, 2.0, 2.0])[:, None, None, None]
+    narrow = 1 - z / 400 if name == "tapered knee" else 1.0
+    limb = (x / (62 * narrow)) ** 2 + (y / (60 * narrow)) ** 2 < 1
+    patella = (x / 22) ** 2 + ((y + 60) / 12) ** 2 + (z / 25) ** 2 < 1
+    ball = (x / 77) ** 2 + (y / 95) ** 2 + (z / 92) ** 2 < 1
+    tap = (x / 12) ** 2 + ((y + 95) / 20) ** 2 + ((z + 35) / 12) ** 2 < 1
+    body = {"breast": (ball & (y < 40)) | tap, "bottle": ball | tap}.get(name, limb | patella)
+    values = np.where(body, 40 if unit else 400, -1000 if unit else 5) + np.random.default_rng(0).normal(0, 4, size)
+    affine = np.diag([0.0, 0, 0, 1])
+    affine[[2, 1, 0], [0, 1, 2]] = 4.0, 2.0, 2.0
+    vol = Volume(voxels=values.astype(np.int16), affine=affine, modality="CT" if unit else "MR", unit=unit)
+    assert face_score(vol) < 0.1
+
+
+def test_a_spacing_in_the_header_costs_no_memory():
+    huge = Volume(voxels=np.random.default_rng(0).integers(0, 9, (20, 20, 20)).astype(np.int16),
+                  affine=np.diag([120.0, 120, 120, 1]), modality="MR")  # fmt: skip
+    start = time.process_time()
+    assert face_score(huge) == 0.0
+    assert time.process_time() - start < 1
