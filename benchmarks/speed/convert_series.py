@@ -33,6 +33,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless
 
+from hilum.archive.files import nifti
 from hilum.archive.intake import read_scan
 from hilum.archive.ledger import Entry
 from hilum.archive.policy import AS_IS
@@ -92,6 +93,14 @@ def make_slice(k: int, series: str) -> Dataset:
     return data
 
 
+def with_hilum(folder: Path, out: Path) -> None:
+    """The same work as the other tools do: headers, series, pixels, one uncompressed NIfTI."""
+    (entry,) = find(folder, KEY)
+    vol = read_scan(entry)
+    assert vol.voxels.dtype == np.int16
+    nifti.write(out / "hilum.nii", vol.voxels, vol.affine, 1.0, 0.0, packed=False)
+
+
 def with_sitk(folder: Path, out: Path) -> None:
     import SimpleITK as sitk  # here, so that workers of this script hold only what ours import
 
@@ -143,6 +152,7 @@ def measure_tools(num_slices: int, repeats: int) -> dict[str, list[float]]:
         work: dict[str, Callable[[], object]] = {
             "prepare slices": lambda: prepare_anew(archive, store),
             "read alone slices": lambda: read_scan(entry),
+            "hilum to NIfTI slices": lambda: with_hilum(archive, out),
             "dicom2nifti slices": lambda: with_dicom2nifti(archive, out),
             "SimpleITK slices": lambda: with_sitk(archive, out),
             "dcm2niix slices": lambda: with_dcm2niix(archive, out),
@@ -156,11 +166,11 @@ def measure_tools(num_slices: int, repeats: int) -> dict[str, list[float]]:
             found.clear()
         results |= take_turns(steps, repeats) | {f"{what}, per core s": found for what, found in cores.items()}
     for form in ("{}/s", "{}, per core s"):
-        ours = results[form.format("prepare slices")]
-        for tool in ("dicom2nifti", "SimpleITK", "dcm2niix"):
-            theirs = results[form.format(f"{tool} slices")]
-            what = f"prepare over {tool}" + (", per core s" if "core" in form else "")
-            results[what] = [a / b for a, b in zip(ours, theirs)]
+        for name, ours in (("prepare", "prepare slices"), ("to NIfTI", "hilum to NIfTI slices")):
+            for tool in ("dicom2nifti", "SimpleITK", "dcm2niix"):
+                theirs = results[form.format(f"{tool} slices")]
+                what = f"{name} over {tool}" + (", per core s" if "core" in form else "")
+                results[what] = [a / b for a, b in zip(results[form.format(ours)], theirs)]
     return results
 
 
