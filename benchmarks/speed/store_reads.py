@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from measure import print_lines, rate, take_turns
 
+from hilum.archive.store import index as index_module
 from hilum.archive.store import store as store_module
 from hilum.archive.store.export import export_nifti
 from hilum.archive.store.index import INDEX_SCHEMA, index_path, merge_indexes, write_index
@@ -104,8 +105,8 @@ def write_made_up_index(path: Path, num_volumes: int) -> None:
     rng = np.random.default_rng(0)
 
     def tables(first: int) -> Iterator[pa.Table]:
-        for start in range(first, num_volumes, 2 * store_module.BATCH_ROWS):
-            numbers = range(start, min(start + 2 * store_module.BATCH_ROWS, num_volumes), 2)
+        for start in range(first, num_volumes, 2 * index_module.BATCH_ROWS):
+            numbers = range(start, min(start + 2 * index_module.BATCH_ROWS, num_volumes), 2)
             n, depths = len(numbers), rng.integers(20, 284, len(numbers))
             text = {name: [f"{v:016x}" for v in numbers] for name in ("patient", "study", "pixel_hash", "checksum")}
             columns = text | {
@@ -123,7 +124,7 @@ def write_made_up_index(path: Path, num_volumes: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = [path.with_name(f"half{n}") for n in range(2)]
     for n, half in enumerate(halves):
-        store_module._write_tables(half, tables(n))
+        index_module._write_tables(half, tables(n))
     merge_indexes(path, halves)
     for half in halves:
         half.unlink()
