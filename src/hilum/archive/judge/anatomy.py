@@ -76,7 +76,10 @@ def guess_region(vol: Volume) -> str:
         return ""
     length = len(sections.bone) * sections.step_mm
     shown = {region: int(where.sum()) * sections.step_mm for region, where in _where(sections).items()}
-    return "+".join(r for r in REGIONS if shown[r] >= LEAST_MM[r] or shown[r] >= LEAST_SHARE * length)
+    found = [n for n, r in enumerate(REGIONS) if shown[r] >= LEAST_MM[r] or shown[r] >= LEAST_SHARE * length]
+    if found and found[-1] - found[0] >= len(found):  # no body has a chest that ends in a pelvis: one of them is wrong
+        return ""
+    return "+".join(REGIONS[n] for n in found)
 
 
 def measure_sections(vol: Volume) -> Sections | None:
