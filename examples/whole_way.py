@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from hilum import api
-from hilum.pretrain.recipe import load_recipe
+from hilum.pretrain.presets import load_recipe
 from hilum.settings import override
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "whole_way")

@@ -15,7 +15,8 @@ from hilum.archive.ledger import count, read_ledger
 from hilum.archive.store.store import Store
 from hilum.demo import TASKS, demo
 from hilum.encode.vit import ViTConfig
-from hilum.pretrain.recipe import Recipe, load_recipe
+from hilum.pretrain.presets import load_recipe
+from hilum.pretrain.recipe import Recipe
 from hilum.records import read_json, read_table, table_metadata
 
 

@@ -22,7 +22,8 @@ from hilum.archive.prepare import prepare
 from hilum.encode.embed import embed
 from hilum.metrics import METRICS
 from hilum.pretrain.loop import pretrain
-from hilum.pretrain.recipe import Recipe, load_recipe
+from hilum.pretrain.presets import load_recipe
+from hilum.pretrain.recipe import Recipe
 from hilum.probe.fit import probe
 from hilum.probe.result import ProbeResult, score_columns
 from hilum.records import write_table

@@ -25,7 +25,8 @@ from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch, Slices
 from hilum.pretrain.loop import contract_of, train_step
 from hilum.pretrain.optim import make_optimiser
-from hilum.pretrain.recipe import Recipe, load_recipe
+from hilum.pretrain.presets import load_recipe
+from hilum.pretrain.recipe import Recipe
 
 
 def make_store(root: Path, num_patients: int = 2) -> Store:

@@ -171,7 +171,7 @@ def pretrain(
 ) -> None:
     """Self-supervised pre-training. Interrupted, it goes on when the same command is run again."""
     from hilum.pretrain.loop import pretrain as run
-    from hilum.pretrain.recipe import load_recipe
+    from hilum.pretrain.presets import load_recipe
     from hilum.settings import override
     from hilum.terminal import Reporter
 

@@ -14,7 +14,8 @@ from hilum.archive.scan import scan
 from hilum.demo_report import Task, write_report
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
-from hilum.pretrain.recipe import Recipe, load_recipe
+from hilum.pretrain.presets import load_recipe
+from hilum.pretrain.recipe import Recipe
 from hilum.probe.fit import probe
 from hilum.probe.result import ProbeResult, compare
 from hilum.records import hash_json, machine, versions, write_json, write_text

@@ -18,7 +18,8 @@ from hilum.pretrain.optim import (
     set_schedules,
     weight_decay,
 )
-from hilum.pretrain.recipe import RECIPES, Objective, Optimiser, Recipe, Run, ViewSpec
+from hilum.pretrain.presets import RECIPES
+from hilum.pretrain.recipe import Objective, Optimiser, Recipe, Run, ViewSpec
 
 MODEL = ViTConfig(size="nano", patch=(8, 8), image=(32, 32), num_registers=2)
 VIEWS = ViewSpec(global_px=32, local_px=16, num_local=2)

@@ -1,17 +1,16 @@
-"""Recipes: everything that decides a pre-training run, as frozen values. Presets are Python values in `RECIPES`.
+"""What decides a pre-training run, as frozen values. The presets are in `presets.py`.
 
 Where Curia-2 (arXiv 2604.01987) gives no number, the value is DINOv2's (arXiv 2304.07193, its public code) or ours, and
 the comment says so.
 """
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 from hilum.encode.vit import ViTConfig
 from hilum.errors import UsageError
 from hilum.records import hash_json
-from hilum.settings import from_dict, merge, read_toml, to_dict
+from hilum.settings import to_dict
 
 Range = tuple[float, float]
 
@@ -185,74 +184,3 @@ class Recipe:
         for name in ("num_workers", "checkpoint_every", "health_every"):
             del values["run"][name]
         return hash_json(values)
-
-
-def _curia2(size: str, batch_size: int, steps: int, drop_path: float, prototypes: int) -> Recipe:
-    return Recipe(
-        name=f"curia2-{size[0]}",
-        model=ViTConfig(size=size, image=(256, 256), drop_path=drop_path),
-        objective=Objective(prototypes=prototypes),
-        run=Run(steps=steps, batch_size=batch_size),
-    )
-
-
-# Minutes on two cores. At this length DINO's prototypes stay cold while LeJEPA's invariance + SigReg learns from the first
-# steps, and a small network that sees more slices beats a larger one (docs/log.md). Filters, views, masks and SigReg are
-# Curia-2's; the same objective on patches stands where iBOT does.
-_TINY = Recipe(
-    name="tiny",
-    model=ViTConfig(size="micro", image=(128, 128), layer_scale=0.0),
-    views=ViewSpec(
-        num_local=4,
-        global_px=128,
-        local_px=48,
-        global_scale=(0.3, 1.0),
-        local_scale=(0.05, 0.3),
-        min_image_foreground=0.2,  # head MR and phantoms fill less of the field than the body CT of the paper
-        mask_probability=1.0,
-        mask_ratio=(0.2, 0.6),
-    ),
-    objective=Objective(
-        kind="lejepa", hidden=256, projector_dim=64, sigreg_slices=256, patch_weight=1.0, patch_points=32
-    ),
-    optimiser=Optimiser(
-        lr=2e-3,
-        weight_decay=(0.04, 0.04),
-        momentum=(0.98, 0.999),
-        layer_decay=1.0,
-        patch_embed_lr=1.0,
-        freeze_last_layer=0.0,
-    ),
-    run=Run(steps=800, batch_size=48, checkpoint_every=100, num_workers=0),  # a worker takes a core from two
-)
-
-# Global batch, iterations: Curia-2. Drop path and prototypes: DINOv2's short recipe (B, L) and long recipe (g).
-RECIPES: dict[str, Recipe] = {
-    "tiny": _TINY,
-    "tiny-dino": replace(
-        _TINY,
-        name="tiny-dino",
-        views=replace(_TINY.views, mask_probability=0.5, mask_ratio=(0.1, 0.5)),
-        objective=Objective(
-            kind="dino", prototypes=1024, hidden=512, bottleneck=64, batch_norm=True, regulariser_on="bottleneck"
-        ),
-    ),
-    "curia2-b": _curia2("base", 3840, 125_000, 0.3, 65_536),
-    "curia2-l": _curia2("large", 3072, 156_300, 0.3, 65_536),
-    "curia2-g": _curia2("giant", 2560, 156_300, 0.4, 131_072),
-}
-
-
-def load_recipe(name: str) -> Recipe:
-    """A preset by name, or a TOML file: `base = "tiny"` and the settings that differ, e.g. `[run]` `steps = 100`.
-
-    Raises UsageError that lists what is known.
-    """
-    if not name.endswith(".toml"):
-        if name not in RECIPES:
-            raise UsageError(f"no recipe '{name}'; known: {', '.join(RECIPES)}, or a TOML file")
-        return RECIPES[name]
-    values = read_toml(Path(name))
-    base = to_dict(load_recipe(str(values.pop("base", "tiny"))))
-    base["name"] = Path(name).stem
-    return from_dict(Recipe, merge(base, values), name)
