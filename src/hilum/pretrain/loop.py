@@ -128,7 +128,7 @@ def _update(
     if not all(bool(torch.isfinite(norm)) for norm in norms.values()):
         return None
     optimiser.step()
-    learner.update_teacher(momentum(recipe, step))
+    learner.update_teacher(momentum(recipe, step), step)
     return {"lr": lr, **{f"grad_{name}": float(norm) for name, norm in norms.items()}}
 
 
