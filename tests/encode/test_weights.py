@@ -74,7 +74,11 @@ CASES = {
     "dinov2, no qkv bias": ("Dinov2", {"qkv_bias": False}, "nano"),
     "registers": ("Dinov2WithRegisters", {"num_register_tokens": 4}, "nano"),
     "dinov3": ("DINOv3ViT", {"intermediate_size": 384, "num_register_tokens": 4}, "nano"),
-    "dinov3, gated": ("DINOv3ViT", {"intermediate_size": 384, "use_gated_mlp": True}, "wide gate"),
+    "dinov3, gated": (
+        "DINOv3ViT",
+        {"intermediate_size": 384, "use_gated_mlp": True, "hidden_act": "silu"},
+        "wide gate",
+    ),
     "one channel, as Curia": ("Dinov2", {"num_channels": 1, "use_swiglu_ffn": True}, "gated"),
 }
 
@@ -199,6 +203,7 @@ def test_what_is_no_encoder_is_refused(tmp_path):
     for config, message in (
         ({"model_type": "vit"}, "model_type 'vit'; expected dinov2"),
         ({"model_type": "dinov3_vit", "rope_theta": 10000.0}, "rope_theta 10000.0; this transformer has 100.0"),
+        ({"model_type": "dinov3_vit", "use_gated_mlp": True, "hidden_act": "gelu"}, "hidden_act gelu; .* has silu"),
         ({"model_type": "dinov2"}, "cannot be read as safetensors"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -208,10 +208,10 @@ def _read_transformers(folder: Path, config: Any) -> _Found:
         raise ContractError(
             f"{folder}/config.json is of model_type '{kind}'; expected dinov2, dinov2_with_registers or dinov3_vit"
         )
-    for name, able in (("hidden_act", "gelu"), ("rope_theta", 100.0)):
+    gated, side = config.get("use_gated_mlp", False), config.get("image_size")
+    for name, able in (("hidden_act", "silu" if gated else "gelu"), ("rope_theta", 100.0)):
         if config.get(name, able) != able:
             raise ContractError(f"{folder}/config.json has {name} {config[name]}; this transformer has {able}")
-    gated, side = config.get("use_gated_mlp", False), config.get("image_size")
     return _Found(
         f"transformers {kind}",
         _read_safetensors(folder),
@@ -236,7 +236,7 @@ def _translate(found: _Found, where: Path) -> Weights:
             raise ContractError(f"{where} ({found.layout}): both {origins[name]} and {foreign} would be {name}")
         state[name], origins[name] = tensor, foreign
     created = _fill_biases(state, found.biasless)
-    transformed = _join(state, origins)
+    transformed = _join(state, origins, created)
     needed = ("cls_token", "patch_embed.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
     if missing := [name for name in needed if name not in state]:
         raise ContractError(f"{where} is no {found.layout} encoder: {', '.join(missing)} missing")
@@ -267,7 +267,7 @@ def _fill_biases(state: dict[str, Tensor], biasless: Sequence[str]) -> dict[str,
     return created
 
 
-def _join(state: dict[str, Tensor], origins: dict[str, str]) -> dict[str, int]:
+def _join(state: dict[str, Tensor], origins: dict[str, str], created: dict[str, str]) -> dict[str, int]:
     """Parts that are one matrix here become one; returns how many tensors of the file went into each kind."""
     transformed: dict[str, int] = {}
     for whole, parts in _JOINED.items():
@@ -278,6 +278,8 @@ def _join(state: dict[str, Tensor], origins: dict[str, str]) -> dict[str, int]:
             how = f"{', '.join(parts)} joined into {whole}"
             transformed[how] = transformed.get(how, 0) + sum(n in origins for n in names)
             state[name.replace(parts[0], whole)] = torch.cat([state.pop(n) for n in names])
+            if all(n in created for n in names):
+                created[name.replace(parts[0], whole)] = created[name]
             for n in names:
                 origins.pop(n, None)
     return transformed
