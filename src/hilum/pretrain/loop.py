@@ -26,6 +26,7 @@ from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.start import check_start, initialise
 from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress
@@ -64,7 +65,11 @@ def pretrain(
     optimiser = make_optimiser(learner.student, recipe)
     recipe_hash, start = record["recipe_hash"], 0
     if found := last_checkpoint(out / "checkpoints"):
+        check_start(recipe, record)
         start = read_checkpoint(found, learner, optimiser, recipe_hash)
+    else:
+        record["start"] = initialise(learner, recipe)
+        write_json(out / "run.json", record)
 
     stop = _StopSignal()
     with stop, _Log(out, start) as log, contextlib.closing(batches(slices, start)) as stream:
@@ -85,6 +90,8 @@ def pretrain(
             if stop.signal and finished < recipe.run.steps:
                 raise Interrupted(_explain_stop(stop.signal, finished, recipe), 128 + stop.signal)
     facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe_hash, "store_hash": store.hash}
+    if record.get("start"):
+        facts["start"] = record["start"]["summary"]
     write_encoder(out / "export", learner.teacher_backbone(), contract, facts)
     record |= {"status": "finished", "contract": contract.hash, "num_slices": len(slices.volume)}
     write_json(out / "run.json", record)
