@@ -10,7 +10,7 @@ these and tested on tumour fold 3, the other OpenKBP patients and 12 other phant
 Rows 0 to 5 take from `ablation/N` what distinguishes it (filters on or off, mask prior, regulariser and its weight, learning
 rate relative to the last row's) and everything else from `small`. KoLeo sits on the class token, as DINOv2 has it, SigReg where
 `small` has it. Row 6 shows row 5's encoder twice the pixels, positions interpolated. "untrained" is the network the runs
-start from. Every row and seed is a folder of OUT; what is there is not done again, and a killed run goes on from its checkpoint.
+start from. Every row and seed is a folder of OUT; what is there is not done again, a killed run goes on from its checkpoint.
 """
 
 import argparse
