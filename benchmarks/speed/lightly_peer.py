@@ -60,15 +60,16 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     seconds = np.diff(found["ends"]).tolist()
     if len(seconds) < 2:
         raise RuntimeError(f"expected at least 3 steps, found {len(found['ends'])}; raise --steps")
-    own = [o["batch_time"] for o in found["own"][1:] if "batch_time" in o]
-    waits = [o["data_time"] for o in found["own"][1:] if "data_time" in o]
+    timers = found["own"][2:]  # read at the end of a step, they tell of the step before
+    own = [timer["batch_time"] for timer in timers if "batch_time" in timer]
+    waits = [timer["data_time"] for timer in timers if "data_time" in timer]
     line: dict[str, Any] = {"what": "LightlyTrain dinov2, images/s", "repeats": len(seconds)}
     line |= {
         n: round(given.batch / f(seconds), 3) for n, f in (("min", max), ("median", statistics.median), ("max", min))
     }
     line["seconds_a_step"] = [round(s, 2) for s in seconds]
     if own:
-        line |= {"own_timer_seconds": statistics.median(own), "own_timer_wait_seconds": statistics.median(waits)}
+        line |= {"own_timer_seconds": statistics.median(own), "own_timer_data_seconds": statistics.median(waits)}
     return line | {"versions": found["versions"]}
 
 

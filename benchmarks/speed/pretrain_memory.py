@@ -72,7 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         resident = list(steps_of(recipe, Path(temporary) / "store"))
     line: dict[str, Any] = {"what": f"pre-training memory, {given.what}", "recipe": recipe.name, "steps": run.steps}
-    line |= {"batch_size": batch_size, "precision": run.precision, "prototypes": recipe.objective.prototypes}
+    line |= {"batch_size": batch_size, "precision": run.precision}
+    line |= {"prototypes": recipe.objective.prototypes} if recipe.objective.kind == "dino" else {}
     line["million_parameters"] = round(sum(p.numel() for p in ViT(recipe.model).parameters()) / 1e6, 1)
     line["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     line |= {} if peak else growth(resident)
