@@ -9,8 +9,9 @@ these and tested on tumour fold 3, the other OpenKBP patients and 12 other phant
 
 Rows 0 to 5 take from `ablation/N` what distinguishes it (filters on or off, mask prior, regulariser and its weight, learning
 rate relative to the last row's) and everything else from `small`. KoLeo sits on the class token, as DINOv2 has it, SigReg where
-`small` has it. Row 6 shows row 5's encoder twice the pixels, positions interpolated. "untrained" is the network the runs
-start from. Every row and seed is a folder of OUT; what is there is not done again, a killed run goes on from its checkpoint.
+`small` has it. "untrained" is the network that the runs start from. Row 6 and "untrained-6" show an encoder twice the pixels,
+with interpolated positions. Every row and seed is a folder of OUT; what is there is not done again, and a killed run goes on
+from its checkpoint.
 """
 
 import argparse
@@ -46,7 +47,6 @@ from hilum.probe.result import score_columns
 from hilum.records import machine, read_json, versions, write_json, write_table, write_text
 from hilum.settings import to_dict
 from hilum.stats import bootstrap_interval, paired_difference
-from hilum.terminal import format_table
 
 ROWS = {
     "pixels": "raw pixels, PCA 128",
@@ -57,8 +57,16 @@ ROWS = {
     "3": "+ SigReg",
     "4": "+ guided masks",
     "5": "+ twice the learning rate",
+    "untrained-6": "untrained at twice the pixels",
     "6": "row 5 at twice the pixels",
 }
+WIDE = {"5": "6", "untrained": "untrained-6"}  # whose encoder is also shown twice the pixels
+BEFORE = {
+    "pixels": "untrained",
+    "untrained": "untrained",
+    "untrained-6": "untrained",
+    "0": "untrained",
+}  # else one lower
 NUM_HEALTH_SLICES = 200  # held-out slices of each data set; the rank is at most this
 COLLAPSED = 0.25  # of the untrained network's effective rank
 
@@ -108,14 +116,16 @@ def row_recipe(row: str, seed: int, steps: int, batch_size: int) -> Recipe:
 
 
 def run_one(out: Path, row: str, seed: int, steps: int, batch_size: int) -> str:
-    """Train (if the row trains), embed, probe; row 6 follows row 5, whose encoder it needs."""
+    """Train (if the row trains), embed, probe; what is there is kept."""
     torch.set_num_threads(1)
     home = out / f"row-{row}" / f"seed-{seed}"
     if not (home / "scores.json").exists():
         evaluate(out, home, row, make_model(out, home, row, seed, steps, batch_size))
-        if row == "5":
-            wide = out / "row-6" / f"seed-{seed}"
-            evaluate(out, wide, "6", widen(home / "run" / "export", wide / "export"))
+    if row in WIDE:
+        wide = out / f"row-{WIDE[row]}" / f"seed-{seed}"
+        if not (wide / "scores.json").exists():
+            export = home / ("export" if row == "untrained" else "run/export")
+            evaluate(out, wide, WIDE[row], widen(export, wide / "export"))
     return f"row {row} seed {seed}"
 
 
@@ -228,13 +238,22 @@ def compare_rows(out: Path, found: dict[str, dict[int, dict[str, Any]]], task: T
         if row not in found:
             continue
         values = [next(s["value"] for s in run["scores"] if s["task"] == task.name) for run in found[row].values()]
-        before = str(int(row) - 1) if row.isdigit() and row != "0" else "untrained"
-        seeds = sorted(found[row].keys() & found.get(before, {}).keys())
-        difference = "" if row == "untrained" or not seeds else difference_text(out, row, before, seeds, task)
         cells = [row, change, f"{np.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}", str(len(values))]
-        lines.append([*cells, difference])
-    header = ["row", "change", "mean", "over seeds", "seeds", "against the row before (0: against untrained)"]
-    return format_table(header, lines).split("\n")
+        for other in (BEFORE[row] if row in BEFORE else str(int(row) - 1), start_of(row)):
+            seeds = sorted(found[row].keys() & found.get(other, {}).keys())
+            cells.append(difference_text(out, row, other, seeds, task) if seeds and row != other else "")
+        lines.append(cells)
+    header = ["row", "change", "mean", "lowest to highest seed", "seeds", "minus the row before", "minus untrained"]
+    return markdown(header, lines)
+
+
+def start_of(row: str) -> str:
+    """The untrained network, shown as many pixels as the row."""
+    return "untrained-6" if row == "6" else "untrained"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def difference_text(out: Path, row: str, before: str, seeds: Sequence[int], task: Task) -> str:
@@ -272,12 +291,11 @@ def health_rows(found: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     for row, change in ROWS.items():
         if row not in means:
             continue
+        start = means.get(start_of(row), {})
+        fallen = [d for d in DATA_SETS if start and means[row][d]["rank"] < COLLAPSED * start[d]["rank"]]
         cells = [f"{means[row][d]['rank']:.1f} / {means[row][d]['spread']:.3f}" for d in DATA_SETS]
-        ratios = (
-            [means[row][d]["rank"] / means["untrained"][d]["rank"] for d in DATA_SETS] if "untrained" in means else []
-        )
-        lines.append([row, change, *cells, ", ".join(d for d, r in zip(DATA_SETS, ratios) if r < COLLAPSED) or "no"])
-    return format_table(["row", "change", *[f"{d}: rank / spread" for d in DATA_SETS], "collapsed"], lines).split("\n")
+        lines.append([row, change, *cells, ", ".join(fallen) or "no"])
+    return markdown(["row", "change", *[f"{d}: rank / spread" for d in DATA_SETS], "collapsed"], lines)
 
 
 def main() -> None:
@@ -295,8 +313,11 @@ def main() -> None:
         return report(given.out)
     make_stores(given.data, given.out)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    settings = {"steps": given.steps, "batch_size": given.batch, "commit": git.stdout.strip()}
-    write_json(given.out / "settings.json", settings | {"machine": machine(), "versions": versions()})
+    settings, path = {"steps": given.steps, "batch_size": given.batch}, given.out / "settings.json"
+    if not path.exists():
+        write_json(path, settings | {"commit": git.stdout.strip(), "machine": machine(), "versions": versions()})
+    if (found := {name: read_json(path)[name] for name in settings}) != settings:
+        parser.error(f"{given.out} holds runs with {found}, not {settings}; choose another folder")
     write_json(
         given.out / "recipes.json",
         {row: to_dict(row_recipe(row, 0, given.steps, given.batch)) for row in given.rows if row.isdigit()},
