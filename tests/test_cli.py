@@ -1,6 +1,7 @@
 """Commands: exit codes, messages and JSON. What they compute is tested where it is computed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,60 @@ def test_every_command_has_json_and_help_texts():
         assert "--json" in names, command.name
         missing = [p.name for p in command.params if not getattr(p, "help", None)]
         assert missing == [], command.name
+
+
+def test_recipes_are_shown_without_a_store_and_without_torch():
+    """Processor time, which a busy machine does not stretch; the best of two."""
+    code = """
+import resource, sys
+from hilum.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = {"torch", "numpy", "pyarrow"} & sys.modules.keys()
+print("\\n", used.ru_utime + used.ru_stime, *heavy)
+"""
+    for arguments, expected in ((["--list"], "curia2-g-512"), (["--show", "curia2-b"], "regulariser_weight")):
+        seconds = []
+        for _ in range(2):
+            command = [sys.executable, "-c", code, "pretrain", *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            used, *heavy = done.stdout.splitlines()[-1].split()
+            assert heavy == []
+            assert expected in done.stdout
+            seconds.append(float(used))
+        assert min(seconds) < 0.5
+
+
+def test_recipes_as_json(hilum):
+    code, out, _ = hilum("pretrain", "--list", "--json")
+    assert (code, len(json.loads(out)["recipes"])) == (0, 18)
+    code, out, _ = hilum("pretrain", "--show", "ablation/5", "--set", "run.seed=3", "--json")
+    record = json.loads(out)
+    (lr,) = [line for line in record["settings"] if line["setting"] == "optimiser.lr"]
+    assert (code, lr["value"], lr["origin"]) == (0, 1e-3, "paper")
+    assert (record["base"], record["differs"]) == ("ablation/5", ["run.seed: 0 ≠ 3"])
+    code, _, err = hilum("pretrain", "--show", "huge")
+    assert (code, "no recipe 'huge'; known: tiny" in err) == (2, True)
+    code, _, err = hilum("pretrain", "tiny")
+    assert (code, "pretrain needs a recipe, --data STORE and --out FOLDER" in err) == (2, True)
+
+
+def test_the_commands_of_the_page_on_recipes_run(hilum, tmp_path, monkeypatch):
+    """docs/pretrain.md: its TOML file, and every command that needs no store."""
+    page = (Path(__file__).parents[1] / "docs" / "pretrain.md").read_text(encoding="utf-8")
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text(toml)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    hilum ")]
+    runnable = [arguments for arguments in commands if "--data" not in arguments]
+    assert len(runnable) >= 6
+    for arguments in runnable:
+        code, out, err = hilum(*arguments)
+        assert (code, err) == (0, ""), arguments
+        assert out
 
 
 # ---- input refused

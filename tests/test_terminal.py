@@ -5,7 +5,7 @@ import io
 import pytest
 
 from hilum import terminal
-from hilum.terminal import Reporter, format_table
+from hilum.terminal import Reporter, format_table, wrap_row
 
 
 @pytest.fixture
@@ -91,3 +91,14 @@ def test_wide_tables_are_cut_to_fit():
 
 def test_truth_values_and_text_are_left_alone():
     assert format_table(["flag", "n"], [[True, "7"]]).splitlines()[2].split() == ["True", "7"]
+
+
+def test_rows_wrap_their_text_and_keep_their_cells():
+    text = "the quick brown fox jumps over the lazy dog"
+    assert wrap_row(["ab", "c"], [3, 2], text, 30).splitlines() == [
+        "ab   c   the quick brown fox",
+        "         jumps over the lazy",
+        "         dog",
+    ]
+    assert wrap_row(["ab", "too long"], [3, 2], "the quick", 20).splitlines() == ["ab   too long", "         the quick"]
+    assert wrap_row(["ab", "c"], [3, 2], "") == "ab   c"

@@ -8,6 +8,7 @@ from hilum.archive.scan import scan
 from hilum.demo import demo
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
+from hilum.pretrain.plan import plan
 from hilum.probe.fit import probe
 
-__all__ = ["demo", "embed", "inspect", "phantom", "prepare", "pretrain", "probe", "scan", "show"]
+__all__ = ["demo", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "scan", "show"]

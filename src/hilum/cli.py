@@ -4,12 +4,12 @@ import contextlib
 import json
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
 
@@ -157,35 +157,8 @@ def prepare(
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
 
-@app.command()
-def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A recipe by name (tiny, curia2-b, …) or a TOML file.")],
-    data: Annotated[Path, typer.Option(help="A store.")],
-    out: Out,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
-    start_from: Annotated[
-        str | None, typer.Option("--from", help="First weights: a run, an encoder, DINOv2 or DINOv3 (start_from).")
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Self-supervised pre-training. Interrupted, it goes on when the same command is run again."""
-    from hilum.pretrain.loop import pretrain as run
-    from hilum.pretrain.presets import load_recipe
-    from hilum.settings import override
-    from hilum.terminal import Reporter
-
-    changes = [*(sets or []), *([f"run.seed={seed}"] if seed is not None else [])]
-    chosen = override(load_recipe(recipe), changes)
-    if start_from is not None:
-        chosen = replace(chosen, start_from=start_from)
-    with Reporter(quiet) as progress:
-        record = run(chosen, data, out, device=device, progress=progress)
-    _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
+app.command()(plan)
+app.command()(pretrain)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What the user sees while waiting and at the end: progress and tables, on a terminal or in a log file."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,6 +80,20 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: i
         lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(fitted, widths, right)).rstrip())
     lines.insert(1, "  ".join("─" * w for w in widths))
     return "\n".join(lines)
+
+
+def wrap_row(cells: Sequence[str], widths: Sequence[int], text: str, width: int = WIDTH) -> str:
+    """A row of cells in columns of these widths, then text that wraps within what is left of `width`.
+
+    A cell wider than its column is not cut: the text then begins on the next line.
+    """
+    indent = sum(w + 2 for w in widths)
+    head = "".join(cell.ljust(w) + "  " for cell, w in zip(cells, widths))
+    lines = [" " * indent + part for part in textwrap.wrap(text, width - indent)]
+    if len(head) == indent and lines:
+        lines[0] = head + lines[0].lstrip()
+        return "\n".join(lines)
+    return "\n".join([head.rstrip(), *lines])
 
 
 def _text(value: Any) -> str:

@@ -78,3 +78,34 @@ def test_overrides_keep_the_checks():
 def test_views_are_two_dimensional():
     with pytest.raises(UsageError, match="views are 2D, so the patch has two sides"):
         Recipe(name="x", model=ViTConfig(patch=(8, 16, 16), image=(32, 256, 256)), run=Run())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("views.num_local=-1", r"views\.num_local must be at least 0; found -1"),
+        ("views.mask_probability=1.5", r"views\.mask_probability must be between 0 and 1; found 1\.5"),
+        ("views.mask_sigma=0", r"views\.mask_sigma must be above 0; found 0"),
+        ("objective.prototypes=0", r"objective\.prototypes must be at least 1; found 0"),
+        ("objective.ibot_weight=-1", r"objective\.ibot_weight must be at least 0; found -1"),
+        (
+            "objective.teacher_temperature=[0, 0.07]",
+            r"temperatures must be at least 0\.025, or they leave fp32; found 0\.0",
+        ),
+        (
+            "objective.teacher_warmup=37500",
+            r"objective\.teacher_warmup must be a share of the run, 0 to 1; found 37500",
+        ),
+        ("objective.regulariser_weight=2", r"objective\.regulariser_weight must be at most 1; found 2"),
+        ("optimiser.lr=0", r"optimiser\.lr must be above 0; found 0"),
+        ("optimiser.warmup=12500", r"optimiser\.warmup must be a share of the run, 0 to 1; found 12500"),
+        ("optimiser.momentum=[0.9, 1.1]", r"optimiser\.momentum must be two numbers, 0 to 1; found \(0\.9, 1\.1\)"),
+        ("optimiser.betas=[0.9, 1.0]", r"optimiser\.betas must be two numbers, 0 to below 1"),
+        ("optimiser.weight_decay=[-1, 0.4]", r"optimiser\.weight_decay must be two numbers, at least 0"),
+        ("run.steps=-1", r"run\.steps must be at least 0; found -1"),
+        ("run.batch_size=0", r"run\.batch_size must be at least 1; found 0"),
+    ],
+)
+def test_values_out_of_range_say_what_is_expected(assignment, message):
+    with pytest.raises(UsageError, match=message):
+        override(RECIPES["tiny"], [assignment])

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hilum.encode.contract import Contract
-from hilum.encode.vit import Tokens, ViT, ViTConfig
+from hilum.encode.shape import ViTConfig
+from hilum.encode.vit import Tokens, ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import from_dict, to_dict

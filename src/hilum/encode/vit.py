@@ -9,7 +9,6 @@ pass. Attention is torch's own.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,67 +17,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from hilum.encode.shape import SIZES, ViTConfig
 from hilum.errors import UsageError
-
-# name: (width, depth, heads, feed-forward kind, feed-forward width). B, L, g as in DINOv2 with Curia's SwiGLU widths
-# (hidden = 8·ceil(⌊2·4D/3⌋/8)); "-mlp" as DINOv2 and DINOv3 release B and L, "-plus" as DINOv3; the small ones are ours.
-SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"], int]] = {
-    "nano": (96, 3, 3, "mlp", 384),
-    "micro": (128, 4, 2, "mlp", 512),
-    "tiny": (192, 6, 3, "mlp", 768),
-    "small": (384, 12, 6, "mlp", 1536),
-    "base": (768, 12, 12, "swiglu", 2048),
-    "large": (1024, 24, 16, "swiglu", 2736),
-    "giant": (1536, 40, 24, "swiglu", 4096),
-    "small-plus": (384, 12, 6, "swiglu", 1536),
-    "base-mlp": (768, 12, 12, "mlp", 3072),
-    "large-mlp": (1024, 24, 16, "mlp", 4096),
-    "huge-plus": (1280, 32, 20, "swiglu", 5120),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """The shape of a transformer.
-
-    patch, image   patch and reference image size in pixels, two numbers (2D) or three (3D)
-    positions      "learned": one vector a cell of the reference grid, interpolated to other grids;
-                   "rotary": axial rotary embedding of DINOv3 (base 100, coordinates in [-1, 1])
-    antialias      learned positions are interpolated with antialiasing, as by DINOv2's models with registers
-    norm_eps       of every LayerNorm (DINOv2: 1e-6, DINOv3: 1e-5)
-    layer_scale    initial LayerScale (Touvron 2021); 0 leaves it out
-    drop_path      share of samples whose residual branch is skipped in training, the same at every depth
-    rope_rescale   in training, rotary coordinates are scaled by a log-uniform factor in [1/this, this], one a step for all
-                   crops and blocks (DINOv3 draws 1/2 to 2, anew in each block); 1 leaves them
-    """
-
-    size: str = "base"
-    patch: tuple[int, ...] = (16, 16)
-    image: tuple[int, ...] = (256, 256)
-    channels: int = 1
-    positions: Literal["learned", "rotary"] = "learned"
-    antialias: bool = False
-    num_registers: int = 0
-    norm_eps: float = 1e-6
-    layer_scale: float = 1e-5
-    drop_path: float = 0.0
-    rope_rescale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise UsageError(f"model size '{self.size}' is unknown; known: {', '.join(SIZES)}")
-        if len(self.patch) not in (2, 3) or len(self.patch) != len(self.image):
-            raise UsageError(f"patch {self.patch} and image {self.image} need two axes (2D) or three (3D) each")
-        if any(i % p for i, p in zip(self.image, self.patch)):
-            raise UsageError(f"image {self.image} is no multiple of the patch {self.patch}")
-        if self.antialias and len(self.patch) == 3:
-            raise UsageError(
-                "positions of a 3D transformer are interpolated without antialiasing; set antialias to false"
-            )
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return tuple(i // p for i, p in zip(self.image, self.patch))
 
 
 class Tokens(NamedTuple):

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hilum.encode.encoder import read_model_config
-from hilum.encode.vit import SIZES, ViT, ViTConfig
+from hilum.encode.shape import SIZES, ViTConfig
+from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
 

@@ -1,154 +1,227 @@
-"""Recipes by name, as Python values: Curia and Curia-2 at every size, the paper's ablation ladder, and two for a CPU.
+"""Recipes by name: Curia and Curia-2 at every size, the paper's ablation ladder, and two for a CPU.
 
-Curia-2 (arXiv 2604.01987) gives steps, batch, learning rates and what changed from row to row of its Table 2; whatever it does
-not give is DINOv2's (arXiv 2304.07193, its public code) or ours. `hilum pretrain --show RECIPE` says which is which.
+A preset is what a user's TOML file is, too: a base and the values that differ, here each with its origin (`origins.py`).
+Curia-2 (arXiv 2604.01987) gives steps, batch, learning rates and what changed from row to row of its Table 2. Whatever it does
+not give is DINOv2's (arXiv 2304.07193, its public code). Of DINOv2's two families of configurations the released config of
+Curia has the marks of the long one (SwiGLU, drop path 0.4, chunked blocks), so values are that one's. Lengths of warm-ups, as
+shares of the run, are the short one's, which has as many iterations as Curia-2.
 """
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from hilum.encode.vit import ViTConfig
 from hilum.errors import UsageError
-from hilum.pretrain.recipe import Objective, Optimiser, Recipe, Run, ViewSpec
+from hilum.pretrain.origins import SETTINGS, Change
+from hilum.pretrain.recipe import Recipe
 from hilum.settings import from_dict, merge, read_toml, to_dict
 
-# Curia-2: global batch and iterations at 256 px. Drop path and prototypes: DINOv2's short recipe (B, L)
-# and long recipe (g). The 512 px stage has the paper's 20,000 iterations and 8 of 32 devices, so a quarter of the batch (ours).
-_SIZES = {
-    "b": ("base", 3840, 125_000, 0.3, 65_536),
-    "l": ("large", 3072, 156_300, 0.3, 65_536),
-    "g": ("giant", 2560, 156_300, 0.4, 131_072),
-}
+
+@dataclass(frozen=True)
+class Preset:
+    """What it is for, the preset it builds on ("" for the defaults of `recipe.py`), and what it changes there.
+
+    A change to the value that is there already restates its origin.
+    """
+
+    about: str
+    base: str
+    changes: tuple[Change, ...]
 
 
-def _curia2(letter: str, name: str) -> Recipe:
-    size, batch_size, steps, drop_path, prototypes = _SIZES[letter]
-    return Recipe(
-        name=name,
-        model=ViTConfig(size=size, image=(256, 256), drop_path=drop_path),
-        objective=Objective(prototypes=prototypes),
-        run=Run(steps=steps, batch_size=batch_size),
+_LONG = "DINOv2 vitl14, vitg14"
+
+_CURIA2 = (
+    Change("model.drop_path", 0.4, "code", "Curia's released config; DINOv2 vitl14, vitg14"),
+    Change("optimiser.weight_decay", (0.04, 0.2), "code", _LONG),
+    Change("optimiser.momentum", (0.994, 1.0), "code", _LONG),
+    Change("optimiser.layer_decay", 1.0, "code", _LONG),
+    Change("run.batch_size", 3840, "paper", "32 devices × 120"),
+)
+_LARGE = (
+    Change("model.size", "large", "paper", "ViT-L"),
+    Change("run.steps", 156_300, "paper", "iterations at 256 pixels"),
+    Change("run.batch_size", 3072, "paper", "64 devices × 48"),
+)
+_GIANT = (
+    Change("model.size", "giant", "paper", "ViT-g; shape of DINOv2's, 1.1 B where the paper says 1.3 B"),
+    Change("objective.prototypes", 131_072, "code", "DINOv2 vitg14"),
+    Change("run.steps", 156_300, "paper", "iterations at 256 pixels"),
+    Change("run.batch_size", 2560, "paper", "128 devices × 20"),
+)
+
+_PLAIN = (
+    Change("views.min_image_foreground", 0.0, "paper", "DINOv2 does not look at the content"),
+    Change("views.min_crop_foreground", 0.0, "paper", "DINOv2 does not look at the content"),
+    Change("views.mask_prior", "uniform", "paper", "DINOv2's blocks fall anywhere"),
+    Change("objective.regulariser", "koleo", "paper", "DINOv2's"),
+    Change("objective.regulariser_weight", 0.1, "code", "DINOv2"),
+    Change("optimiser.lr", 5e-4, "paper", "before Curia-2 raised it"),
+)
+_AT_512 = (
+    Change("model.image", (512, 512), "paper", "positions for 512 pixels"),
+    Change("views.global_px", 512, "paper", "512 pixels"),
+    Change("views.local_px", 192, "ours", "unpublished; the share of the global side that it has at 256"),
+)
+
+
+_GOES_ON = Change("needs_start", True, "paper", "goes on from a run at 256 pixels")
+
+
+def _high_resolution(batch_size: int) -> tuple[Change, ...]:
+    """Schedules of the stage at 512 pixels, all but its length unpublished: they begin where those at 256 ended."""
+    return (
+        Change("objective.teacher_temperature", (0.07, 0.07), "ours", "unpublished; where the 256 run ended (DINOv3)"),
+        Change("optimiser.lr", 2.5e-4, "ours", "unpublished; a quarter, as the batch"),
+        Change("optimiser.weight_decay", (0.2, 0.2), "ours", "unpublished; where the 256 run ended"),
+        Change("optimiser.momentum", (0.999, 1.0), "ours", "unpublished; 0.999 is DINOv3's at this stage"),
+        Change("optimiser.freeze_last_layer", 0.0, "ours", "the prototypes are warm already"),
+        Change("run.steps", 20_000, "paper", "iterations at 512 pixels"),
+        Change("run.batch_size", batch_size, "ours", "the paper says adjusted, 8 devices instead of 32 (B): a quarter"),
     )
 
 
-def _curia(letter: str, name: str) -> Recipe:
-    """Curia's first recipe: DINOv2 at 512 px, KoLeo, uniform masks, no look at the content. B ran 475,000 iterations."""
-    recipe = _plain_dinov2(_curia2(letter, name))
-    return replace(
-        _at_512(recipe, name), run=replace(recipe.run, steps=475_000, batch_size=1024), optimiser=recipe.optimiser
-    )
+_TINY = (
+    Change("model.size", "micro", "ours", "in minutes, slices seen count more than width (docs/log.md)"),
+    Change("model.image", (128, 128), "ours", "a quarter of the patches of 256"),
+    Change("model.layer_scale", 0.0, "ours", "1e-5 starts with closed blocks; a short run has no time to open them"),
+    Change("views.num_local", 4, "ours", "half the views, more slices"),
+    Change("views.global_px", 128, "ours", "a quarter of the patches of 256"),
+    Change("views.local_px", 48, "ours", "the share of the global side that it has at 256"),
+    Change("views.global_scale", (0.3, 1.0), "ours", "near DINOv2's; not tuned"),
+    Change("views.local_scale", (0.05, 0.3), "ours", "near DINOv2's; not tuned"),
+    Change("views.min_image_foreground", 0.2, "ours", "head MR and phantoms fill less of the field than body CT"),
+    Change("views.mask_probability", 1.0, "ours", "both global crops are masked: harder where the anatomy is"),
+    Change("views.mask_ratio", (0.2, 0.6), "ours", "as in the run that was chosen (docs/log.md)"),
+    Change(
+        "objective.kind", "lejepa", "ours", "learns in minutes, while DINO's prototypes are still cold (docs/log.md)"
+    ),
+    Change("objective.hidden", 256, "ours", "twice the width of the network"),
+    Change("objective.projector_dim", 64, "ours", "half the width of the network"),
+    Change("objective.sigreg_slices", 256, "paper", "LeJEPA's algorithm"),
+    Change("objective.patch_weight", 1.0, "ours", "stands where iBOT does; without it patches get worse (docs/log.md)"),
+    Change("objective.patch_points", 32, "ours", "half of a crop's 64 patches"),
+    Change("optimiser.lr", 2e-3, "ours", "best of what was tried (docs/log.md)"),
+    Change("optimiser.weight_decay", (0.04, 0.04), "ours", "no time to overfit"),
+    Change("optimiser.momentum", (0.98, 0.999), "ours", "the exported average must follow a run of 800 steps"),
+    Change("optimiser.layer_decay", 1.0, "ours", "from scratch, all of 4 blocks must learn"),
+    Change("optimiser.patch_embed_lr", 1.0, "ours", "from scratch, all of 4 blocks must learn"),
+    Change("optimiser.freeze_last_layer", 0.0, "ours", "it has no prototypes"),
+    Change("run.steps", 800, "ours", "some minutes on two cores"),
+    Change("run.batch_size", 48, "ours", "SigReg needs dozens of samples, a CPU no more"),
+    Change("run.checkpoint_every", 100, "ours", "a minute of work"),
+    Change("run.num_workers", 0, "ours", "a worker takes a core from two (docs/log.md)"),
+)
+_SMALL = (
+    Change("views.mask_probability", 0.5, "code", "DINOv2"),
+    Change("views.mask_ratio", (0.1, 0.5), "code", "DINOv2"),
+    Change("objective.kind", "dino", "paper", "DINO and iBOT"),
+    Change("objective.prototypes", 1024, "ours", "batches of 48 cannot use more"),
+    Change("objective.hidden", 512, "ours", "four times the width of the network"),
+    Change("objective.bottleneck", 64, "ours", "half the width of the network"),
+    Change("objective.batch_norm", True, "ours", "without it heads need thousands of steps to leave their cold start"),
+    Change("objective.regulariser_on", "bottleneck", "ours", "as in the run that learnt in minutes (docs/log.md)"),
+    Change("objective.sigreg_slices", 1024, "ours", "unpublished; LeJEPA's 1024"),
+    Change("objective.projector_dim", 32, "ours", "read by lejepa only"),
+    Change("objective.patch_weight", 0.0, "ours", "read by lejepa only"),
+    Change("objective.patch_points", 16, "ours", "read by lejepa only"),
+    Change("optimiser.lr", 1e-3, "ours", "as in the run that learnt in minutes (docs/log.md)"),
+    Change("optimiser.momentum", (0.98, 0.999), "ours", "0.994 averages too long for some thousand steps"),
+    Change("optimiser.freeze_last_layer", 0.0, "ours", "BatchNorm heads need no gentle start"),
+    Change("run.steps", 6000, "ours", "an hour on two cores"),
+)
 
+_QUIETER = Change("objective.regulariser_weight", 0.05, "ours", SETTINGS["objective.regulariser_weight"].why)
 
-def _plain_dinov2(recipe: Recipe) -> Recipe:
-    """Row 0 of Curia-2's ablation."""
-    return replace(
-        recipe,
-        views=replace(recipe.views, min_image_foreground=0.0, min_crop_foreground=0.0, mask_prior="uniform"),
-        objective=replace(recipe.objective, regulariser="koleo", regulariser_weight=0.1),
-        optimiser=replace(recipe.optimiser, lr=5e-4),
-    )
-
-
-def _at_512(recipe: Recipe, name: str) -> Recipe:
-    """The same at twice the side; local crops keep their share of the global side."""
-    return replace(
-        recipe,
-        name=name,
-        model=replace(recipe.model, image=(512, 512)),
-        views=replace(recipe.views, global_px=512, local_px=192),
-    )
-
-
-def _high_resolution(recipe: Recipe, name: str) -> Recipe:
-    """Curia-2's stage at 512 px: 20,000 iterations from a 256 px run on 8 devices instead of 32; schedules run anew."""
-    return replace(
-        _at_512(recipe, name),
-        needs_start=True,
-        optimiser=replace(
-            recipe.optimiser,
-            lr=recipe.optimiser.lr / 4,
-            weight_decay=(recipe.optimiser.weight_decay[1],) * 2,
-            momentum=(0.999, 1.0),
-            freeze_last_layer=0.0,
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset("minutes on a CPU: Curia-2's views, LeJEPA's objective", "", _TINY),
+    "small": Preset("an hour on a CPU: all of Curia-2, at tiny's size", "tiny", _SMALL),
+    "curia2-b": Preset("Curia-2, first stage", "", _CURIA2),
+    "curia2-l": Preset("Curia-2, first stage", "curia2-b", _LARGE),
+    "curia2-g": Preset("Curia-2, first stage", "curia2-b", _GIANT),
+    "curia2-b-512": Preset(
+        "Curia-2, second stage, from a curia2-b run", "curia2-b", (_GOES_ON, *_AT_512, *_high_resolution(960))
+    ),
+    "curia2-l-512": Preset(
+        "Curia-2, second stage, from a curia2-l run", "curia2-l", (_GOES_ON, *_AT_512, *_high_resolution(768))
+    ),
+    "curia2-g-512": Preset(
+        "Curia-2, second stage, from a curia2-g run", "curia2-g", (_GOES_ON, *_AT_512, *_high_resolution(640))
+    ),
+    "curia-b": Preset(
+        "Curia: DINOv2 at 512 pixels",
+        "ablation/0",
+        (
+            *_AT_512,
+            Change("run.steps", 475_000, "code", "name of the released checkpoint"),
+            Change(
+                "run.batch_size", 1024, "ours", "unpublished; DINOv2's reference, where its rule leaves the rate alone"
+            ),
         ),
-        objective=replace(recipe.objective, teacher_temperature=(recipe.objective.teacher_temperature[1],) * 2),
-        run=replace(recipe.run, steps=20_000, batch_size=recipe.run.batch_size // 4),
-    )
-
-
-def _ladder(base: Recipe) -> dict[str, Recipe]:
-    """Table 2 of Curia-2 row by row; each step keeps the ones before."""
-    plain = _plain_dinov2(base)
-    views, optimiser = plain.views, plain.optimiser
-    cropped = replace(views, min_image_foreground=0.5, min_crop_foreground=0.3)
-    guided = replace(cropped, mask_prior="guided")
-    without = replace(plain.objective, regulariser="none")
-    sigreg = replace(plain.objective, regulariser="sigreg", regulariser_weight=base.objective.regulariser_weight)
-    rows = [
-        plain,
-        replace(plain, views=cropped),
-        replace(plain, views=cropped, objective=without),
-        replace(plain, views=cropped, objective=sigreg),
-        replace(plain, views=guided, objective=sigreg),
-        replace(plain, views=guided, objective=sigreg, optimiser=replace(optimiser, lr=1e-3)),
-    ]
-    rows.append(
-        replace(_high_resolution(rows[5], ""), run=replace(rows[5].run, steps=0))
-    )  # positions interpolated, no training
-    rows.append(_high_resolution(rows[5], ""))
-    return {f"ablation/{n}": replace(row, name=f"ablation/{n}") for n, row in enumerate(rows)}
-
-
-# Minutes on two cores. At this length DINO's prototypes stay cold while LeJEPA's invariance + SigReg learns from the first
-# steps, and a small network that sees more slices beats a larger one (docs/log.md). Filters, views, masks and SigReg are
-# Curia-2's; the same objective on patches stands where iBOT does.
-_TINY = Recipe(
-    name="tiny",
-    model=ViTConfig(size="micro", image=(128, 128), layer_scale=0.0),
-    views=ViewSpec(
-        num_local=4,
-        global_px=128,
-        local_px=48,
-        global_scale=(0.3, 1.0),
-        local_scale=(0.05, 0.3),
-        min_image_foreground=0.2,  # head MR and phantoms fill less of the field than the body CT of the paper
-        mask_probability=1.0,
-        mask_ratio=(0.2, 0.6),
     ),
-    objective=Objective(
-        kind="lejepa", hidden=256, projector_dim=64, sigreg_slices=256, patch_weight=1.0, patch_points=32
+    "curia-l": Preset(
+        "Curia: DINOv2 at 512 pixels",
+        "curia-b",
+        (
+            Change("model.size", "large", "paper", "ViT-L"),
+            Change("run.steps", 475_000, "ours", "not said for this size: as B"),
+        ),
     ),
-    optimiser=Optimiser(
-        lr=2e-3,
-        weight_decay=(0.04, 0.04),
-        momentum=(0.98, 0.999),
-        layer_decay=1.0,
-        patch_embed_lr=1.0,
-        freeze_last_layer=0.0,
+    "ablation/0": Preset("DINOv2 at 256 pixels", "curia2-b", _PLAIN),
+    "ablation/1": Preset(
+        "+ content-aware crops",
+        "ablation/0",
+        (
+            Change("views.min_image_foreground", 0.5, "paper", "at most 50 % background"),
+            Change("views.min_crop_foreground", 0.3, "paper", "at most 70 % background"),
+        ),
     ),
-    run=Run(steps=800, batch_size=48, checkpoint_every=100, num_workers=0),  # a worker takes a core from two
-)
-
-# An hour on two cores: the whole of Curia-2's recipe, teacher, prototypes and all, at the size of `tiny`.
-_SMALL = replace(
-    _TINY,
-    name="small",
-    views=replace(_TINY.views, mask_probability=0.5, mask_ratio=(0.1, 0.5)),
-    objective=Objective(
-        kind="dino", prototypes=1024, hidden=512, bottleneck=64, batch_norm=True, regulariser_on="bottleneck"
+    "ablation/2": Preset(
+        "− KoLeo", "ablation/1", (Change("objective.regulariser", "none", "paper", "KoLeo parts neighbouring slices"),)
     ),
-    optimiser=replace(_TINY.optimiser, lr=1e-3),
-    run=replace(_TINY.run, steps=6000),
-)
-
-RECIPES: dict[str, Recipe] = {
-    "tiny": _TINY,
-    "small": _SMALL,
-    **{f"curia-{n}": _curia(n, f"curia-{n}") for n in "bl"},
-    **{f"curia2-{n}": _curia2(n, f"curia2-{n}") for n in "blg"},
-    **{f"curia2-{n}-512": _high_resolution(_curia2(n, ""), f"curia2-{n}-512") for n in "blg"},
-    **_ladder(_curia2("b", "")),
+    "ablation/3": Preset(
+        "+ SigReg",
+        "ablation/2",
+        (Change("objective.regulariser", "sigreg", "paper", "SigReg"), _QUIETER),
+    ),
+    "ablation/4": Preset("+ guided masks", "ablation/3", (Change("views.mask_prior", "guided", "paper", "anatomy"),)),
+    "ablation/5": Preset(
+        "+ learning rate 1e-3 (= curia2-b)", "ablation/4", (Change("optimiser.lr", 1e-3, "paper", "from 5e-4"),)
+    ),
+    "ablation/6": Preset(
+        "at 512 pixels by interpolated positions, untrained",
+        "ablation/5",
+        (_GOES_ON, *_AT_512, Change("run.steps", 0, "paper", "evaluated only")),
+    ),
+    "ablation/7": Preset("fine-tuned at 512 pixels (= curia2-b-512)", "ablation/6", _high_resolution(960)),
 }
+
+
+def apply(recipe: Recipe, changes: Iterable[Change]) -> Recipe:
+    """The recipe with these values, checked when all are in place."""
+    tree: dict[str, Any] = {}
+    for change in changes:
+        *sections, name = change.setting.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = change.value
+    changed: Recipe = _replace(recipe, tree)
+    return changed
+
+
+def _replace(settings: Any, tree: dict[str, Any]) -> Any:
+    values = {n: _replace(getattr(settings, n), v) if isinstance(v, dict) else v for n, v in tree.items()}
+    return replace(settings, **values)
+
+
+def _build(name: str) -> Recipe:
+    preset = PRESETS[name]
+    return replace(apply(_build(preset.base) if preset.base else Recipe(name=name), preset.changes), name=name)
+
+
+RECIPES: dict[str, Recipe] = {name: _build(name) for name in PRESETS}
 
 
 def load_recipe(name: str) -> Recipe:
@@ -164,3 +237,10 @@ def load_recipe(name: str) -> Recipe:
     base = to_dict(load_recipe(str(values.pop("base", "tiny"))))
     base["name"] = Path(name).stem
     return from_dict(Recipe, merge(base, values), name)
+
+
+def find_base(name: str) -> str:
+    """The preset itself, or the one that a TOML file builds on, directly or through others."""
+    while name.endswith(".toml"):
+        name = str(read_toml(Path(name)).get("base", "tiny"))
+    return name

@@ -7,13 +7,18 @@ the comment says so.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hilum.encode.vit import ViTConfig
+from hilum.encode.shape import ViTConfig
 from hilum.errors import UsageError
-from hilum.records import hash_json
 from hilum.settings import to_dict
 
 Range = tuple[float, float]
 LEAST_TEMPERATURE = 0.025  # exp of the range of cosines, 2 / temperature, must stay within fp32
+
+
+def expect(ok: bool, name: str, found: object, wanted: str) -> None:
+    """UsageError unless a setting is as it must be."""
+    if not ok:
+        raise UsageError(f"{name} must be {wanted}; found {found}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +62,18 @@ class ViewSpec:
     mask_sigma: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.num_global < 2:
-            raise UsageError(f"views.num_global must be at least 2; found {self.num_global}")
-        if self.max_tries < 1:
-            raise UsageError(f"views.max_tries must be at least 1; found {self.max_tries}")
+        expect(self.num_global >= 2, "views.num_global", self.num_global, "at least 2")
+        expect(self.num_local >= 0, "views.num_local", self.num_local, "at least 0")
+        expect(self.max_tries >= 1, "views.max_tries", self.max_tries, "at least 1")
+        for name in ("flip", "min_image_foreground", "min_crop_foreground", "mask_probability"):
+            expect(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "between 0 and 1")
+        expect(self.mask_sigma > 0, "views.mask_sigma", self.mask_sigma, "above 0")
         shares = ("global_scale", "local_scale", "mask_ratio")
         for name in (*shares, "aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name in shares and high > 1):
-                limit = ", at most 1" if name in shares else ""
-                raise UsageError(f"views.{name} must be two rising numbers > 0{limit}; found {low}, {high}")
+            limit = ", at most 1" if name in shares else ""
+            ok = 0 < low <= high and not (limit and high > 1)
+            expect(ok, f"views.{name}", f"{low}, {high}", f"two rising numbers > 0{limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +130,25 @@ class Objective:
         if self.handover and self.kind != "dino":
             raise UsageError(f"objective.handover goes from LeJEPA to dino; found kind '{self.kind}'")
         for name in ("handover", "gram_start", "gram_refresh"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(
-                    f"objective.{name} is a share of the run, from 0 to below 1; found {getattr(self, name)}"
-                )
+            expect(
+                0 <= getattr(self, name) < 1,
+                f"objective.{name}",
+                getattr(self, name),
+                "a share of the run, 0 to below 1",
+            )
+        for name in ("prototypes", "hidden", "bottleneck", "sigreg_slices", "projector_dim", "patch_points", "gram_px"):
+            expect(getattr(self, name) >= 1, f"objective.{name}", getattr(self, name), "at least 1")
+        for name in ("dino_weight", "ibot_weight", "regulariser_weight", "patch_weight", "gram_weight"):
+            expect(getattr(self, name) >= 0, f"objective.{name}", getattr(self, name), "at least 0")
         coldest = min(self.student_temperature, *self.teacher_temperature)
-        if coldest < LEAST_TEMPERATURE:
-            raise UsageError(f"temperatures below {LEAST_TEMPERATURE} leave fp32; found {coldest}")
+        expect(
+            coldest >= LEAST_TEMPERATURE, "temperatures", coldest, f"at least {LEAST_TEMPERATURE}, or they leave fp32"
+        )
+        expect(
+            0 <= self.teacher_warmup <= 1, "objective.teacher_warmup", self.teacher_warmup, "a share of the run, 0 to 1"
+        )
+        if self.kind == "lejepa":  # its loss is (1 − weight)·invariance + weight·SigReg
+            expect(self.regulariser_weight <= 1, "objective.regulariser_weight", self.regulariser_weight, "at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +177,17 @@ class Optimiser:
     clip: float = 3.0
     freeze_last_layer: float = 0.01
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "final_lr", "layer_decay", "patch_embed_lr", "clip"):
+            expect(getattr(self, name) > 0, f"optimiser.{name}", getattr(self, name), "above 0")
+        for name in ("warmup", "freeze_last_layer"):
+            expect(
+                0 <= getattr(self, name) <= 1, f"optimiser.{name}", getattr(self, name), "a share of the run, 0 to 1"
+            )
+        expect(min(self.weight_decay) >= 0, "optimiser.weight_decay", self.weight_decay, "two numbers, at least 0")
+        expect(all(0 <= b < 1 for b in self.betas), "optimiser.betas", self.betas, "two numbers, 0 to below 1")
+        expect(all(0 <= m <= 1 for m in self.momentum), "optimiser.momentum", self.momentum, "two numbers, 0 to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -180,6 +210,12 @@ class Run:
     checkpoint_every: int = 500
     health_every: int = 25
     num_workers: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seed", "num_workers"):  # no step at all: the encoder is exported as it begins
+            expect(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
+        for name in ("batch_size", "checkpoint_every", "health_every"):
+            expect(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +266,8 @@ class Recipe:
 
         So is the place of the first weights: run.json holds the hash of the weights themselves.
         """
+        from hilum.records import hash_json  # loads pyarrow, which looking at a recipe does not need
+
         values = to_dict(self)
         del values["start_from"], values["needs_start"]
         for name in ("num_workers", "checkpoint_every", "health_every"):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hilum.encode.vit import ViTConfig, interpolate_positions
+from hilum.encode.shape import ViTConfig
+from hilum.encode.vit import interpolate_positions
 from hilum.encode.weights import Weights, account, read_weights
 from hilum.errors import CheckpointError, UsageError
 from hilum.pretrain.checkpoint import last_checkpoint

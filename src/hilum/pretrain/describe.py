@@ -1,0 +1,145 @@
+"""What recipes there are, and every value of one with its unit, meaning and origin. Loads no torch."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hilum.pretrain.origins import SETTINGS, Change
+from hilum.pretrain.presets import PRESETS, RECIPES, find_base
+from hilum.pretrain.recipe import Recipe
+from hilum.settings import differences, to_dict
+from hilum.terminal import WIDTH, format_table, wrap_row
+
+MAX_CELL = 22  # a longer value does not widen its column
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting of a recipe; `origin` is paper, code, ours, or yours (from a TOML file or `--set`)."""
+
+    setting: str
+    value: Any
+    unit: str
+    meaning: str
+    origin: str
+    why: str
+
+
+def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"views.flip": 0.0, …}, in their order."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def describe(recipe: Recipe, name: str) -> list[Line]:
+    """Every setting of a recipe but its name.
+
+    recipe   what will run: the recipe `name`, with changes or without
+    name     a preset or TOML file; a value that differs from the preset below it is "yours"
+    """
+    preset = find_base(name)
+    published = leaves(to_dict(RECIPES[preset]))
+    lines = []
+    for setting, value in leaves(to_dict(recipe)).items():
+        if setting == "name":
+            continue
+        about = SETTINGS[setting]
+        source = last_change(preset, setting) or about
+        origin, why = (
+            (source.origin, source.why)
+            if value == published[setting]
+            else ("yours", f"{preset} has {show(published[setting])}")
+        )
+        lines.append(Line(setting, value, about.unit, about.meaning, origin, why))
+    return lines
+
+
+def last_change(preset: str, setting: str) -> Change | None:
+    """The change that gave a setting of a preset its value, if any did."""
+    while preset:
+        for change in PRESETS[preset].changes:
+            if change.setting == setting:
+                return change
+        preset = PRESETS[preset].base
+    return None
+
+
+def list_recipes() -> list[dict[str, Any]]:
+    """Name, size and purpose of every preset."""
+    return [
+        {
+            "name": name,
+            "model": recipe.model.size,
+            "pixels": f"{recipe.views.global_px}/{recipe.views.local_px}",
+            "batch": recipe.run.batch_size,
+            "steps": recipe.run.steps,
+            "what": PRESETS[name].about,
+        }
+        for name, recipe in RECIPES.items()
+    ]
+
+
+def format_list() -> str:
+    rows = [list(row.values()) for row in list_recipes()]
+    table = format_table(["name", "model", "pixels", "batch", "steps", "what it is"], rows)
+    return (
+        f"{table}\n\npixels: sides of global and local crops. hilum pretrain --show NAME: every value and its origin."
+    )
+
+
+def recipe_record(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The description as plain JSON values."""
+    base, changed = what_differs(recipe, name)
+    lines = [asdict(line) for line in describe(recipe, name)]
+    return {"name": recipe.name, "base": base, "differs": changed, "settings": lines}
+
+
+def what_differs(recipe: Recipe, name: str) -> tuple[str, list[str]]:
+    """The preset that a recipe builds on and how it differs, as `objective.regulariser: none ≠ sigreg`.
+
+    A preset builds on the one it names as its base ("" for none), a changed preset or a TOML file on a preset.
+    """
+    preset = find_base(name)
+    base = PRESETS[preset].base if replace(recipe, name=preset) == RECIPES[preset] else preset
+    if not base:
+        return "", []
+    return base, differences(to_dict(RECIPES[base]), to_dict(replace(recipe, name=base)))
+
+
+def format_recipe(recipe: Recipe, name: str) -> str:
+    """Every setting on a page of at most 100 columns, section by section."""
+    lines = describe(recipe, name)
+    base, changed = what_differs(recipe, name)
+    text = [f"{recipe.name}: {PRESETS[name].about}" if name in PRESETS else recipe.name]
+    if base:
+        text += ["", f"It differs from {base} in:", *(f"  {change}" for change in changed)]
+    columns = ["setting", "value", "unit", "origin"]
+    cells = [[line.setting.rpartition(".")[2], show(line.value), line.unit, line.origin] for line in lines]
+    widths = [max(len(row[n]) for row in [columns, *cells] if len(row[n]) <= MAX_CELL) for n in range(4)]
+    section = None
+    for line, row in zip(lines, cells):
+        if line.setting.rpartition(".")[0] != section:
+            section = line.setting.rpartition(".")[0]
+            text += [
+                "",
+                wrap_row([f"{section}." if section else "recipe", *columns[1:]], widths, "meaning (origin or reason)"),
+            ]
+            text += ["─" * WIDTH]
+        text.append(wrap_row(row, widths, f"{line.meaning} ({line.why})"))
+    return "\n".join([*text, "", LEGEND])
+
+
+LEGEND = """paper: Curia-2's, or the one named. code: DINOv2's, or the one named. ours: unpublished, or not so.
+yours: from your file or --set. Change any by --set SECTION.NAME=VALUE, or in a TOML file."""
+
+
+def show(value: Any) -> str:
+    """A value as a reader would write it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({show(v)})" if isinstance(v, list | tuple) else show(v) for v in value) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else value or "–"
