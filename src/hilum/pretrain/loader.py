@@ -234,7 +234,7 @@ def batches(
             f"make it a multiple of {world * accumulate}"
         )
     loader = DataLoader(
-        _MicroBatches(slices, rank, world, accumulate, device.type == "cpu"),
+        _MicroBatches(slices, rank, world, accumulate, _rendered_by_workers(device)),
         batch_size=None,
         sampler=range(start_step * accumulate, run.steps * accumulate),
         num_workers=run.num_workers,
@@ -263,6 +263,11 @@ def batches(
         if isinstance(made, HilumError):
             raise made
         yield made if isinstance(made, Batch) else slices.render_batch(made.to(device))
+
+
+def _rendered_by_workers(device: torch.device) -> bool:
+    """A CPU's pixels are made by the workers; a GPU makes its own, and the slices as stored are less to send."""
+    return device.type == "cpu"
 
 
 def _begin_worker(_: int) -> None:

@@ -76,7 +76,8 @@ class Raw:
 def pack(sources: Sequence[Source], views: Sequence[Sequence[View]], contract: Contract) -> Raw:
     """Slices and their views as tensors."""
     rows, columns = (max(s.stored.shape[axis] for s in sources) for axis in (0, 1))
-    stored = np.zeros((len(sources), rows, columns), np.int16)
+    equal = all(s.stored.shape == (rows, columns) for s in sources)
+    stored = (np.empty if equal else np.zeros)((len(sources), rows, columns), np.int16)
     slices = np.zeros((len(sources), 7))
     numbers = np.zeros((len(sources), len(views[0]), _NUM_NUMBERS))
     for n, (source, drawn) in enumerate(zip(sources, views)):
@@ -111,21 +112,26 @@ def render(raw: Raw, parts: Sequence[tuple[Raw, int]], contract: Contract) -> li
     parts    views of them (`raw.select`, `.plain`) and the side of their crops
     returns  for each part (V, B, 1, side, side)
     """
-    on_cpu, made = raw.stored.device.type == "cpu", []
-    step = 1 if on_cpu else CHUNK
-    for start in range(0, len(raw.stored), step):
+    single, num = _one_by_one(raw.stored), len(raw.stored)
+    made = [torch.empty(part.seeds.shape[1], num, 1, side, side, device=raw.stored.device) for part, side in parts]
+    step = 1 if single else CHUNK
+    for start in range(0, num, step):
         some = slice(start, start + step)
         chunk = raw[some]
-        if on_cpu:  # one slice, without its padding
+        if single:  # one slice, without its padding
             height, width = map(int, chunk.slices[0, :2])
             chunk = replace(chunk, stored=chunk.stored[:, :height, :width])
         values, mean, std = standardise(chunk, contract.eps)
-        crops = []
-        for part, side in parts:
+        for out, (part, side) in zip(made, parts):
             pixels = _resample(values, part[some].views, side, contract.resampling)
-            crops.append(_change(pixels, values, mean, std, part[some]).transpose(0, 1)[:, :, None])
-        made.append(crops)
-    return [torch.cat(crops, 1) for crops in zip(*made)]
+            out[:, some, 0] = _change(pixels, values, mean, std, part[some]).transpose(0, 1)
+    return made
+
+
+def _one_by_one(tensor: Tensor) -> bool:
+    """On a CPU crops are made one after the other, and what no view asks for is skipped; on a GPU all at once and unasked,
+    since a GPU that is asked for a number has to be waited for."""
+    return tensor.device.type == "cpu"
 
 
 def standardise(raw: Raw, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +141,8 @@ def standardise(raw: Raw, eps: float) -> tuple[Tensor, Tensor, Tensor]:
              without content
     """
     height, width, slope, intercept, low, high, _ = (column.view(-1, 1, 1) for column in raw.slices.float().unbind(1))
-    values = torch.addcmul(intercept, raw.stored.float(), slope)
-    values = values.clamp_(low, high)
+    values = raw.stored.float().mul_(slope).add_(intercept)
+    torch.minimum(torch.maximum(values, low, out=values), high, out=values)  # much faster than clamp with tensors
     num = height * width
     if len(values) > 1:  # else nothing is padded
         rows, columns = (torch.arange(n, device=values.device) for n in values.shape[1:])
@@ -150,86 +156,87 @@ def standardise(raw: Raw, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return values, mean, torch.where(std >= eps, std, 1)
 
 
+Taps = tuple[Tensor, Tensor]  # row numbers and their weights
+
+
 def _resample(values: Tensor, views: Tensor, side: int, mode: str) -> Tensor:
     """Crops (B, V, side, side) of slices (B, Y, X): resampled, mirrored, blurred."""
-    top, left, bottom, right, flip = views[..., :5].unbind(-1)
-    rows = taps(top, bottom, side, mode, values.shape[1])
-    columns = taps(left, right, side, mode, values.shape[2])
-    straight = flip[..., None, None] == 0
-    columns = (
-        torch.where(straight, columns[0], columns[0].flip(-2)),
-        torch.where(straight, columns[1], columns[1].flip(-2)),
-    )
-    blur = blur_taps(views[..., 9], side)
-    if values.device.type != "cpu":
-        return _crop(values, rows, columns, blur)
+    box, flip, sigma = views[..., :4], views[..., 4, None, None], views[..., 9]
+    single = _one_by_one(values)
+    longest = float((box[..., 2:] - box[..., :2]).max()) if single else max(values.shape[1:])
+    index, weight = taps(box[..., 2:] - box[..., :2], side, mode, longest)
+    columns = torch.where(flip == 0, index[:, :, 1], index[:, :, 1].flip(-2))
+    column_weight = torch.where(flip == 0, weight[:, :, 1], weight[:, :, 1].flip(-2))
+    blur = blur_taps(sigma, side) if not single or bool(sigma.any()) else None
+    if not single:
+        left, top = box[..., 1, None, None].long(), box[..., 0, None, None].long()
+        return _crop_all(values, (index[:, :, 0] + top, weight[:, :, 0]), (columns + left, column_weight), blur)
     out = values.new_empty(*views.shape[:2], side, side)
-    blurred = (views[..., 9] > 0).tolist()
-    for b, boxes in enumerate(views[..., :4].int().tolist()):
-        for v, (y0, x0, y1, x1) in enumerate(boxes):  # cut out first: less to sum, and it stays in the cache
-            one = slice(b, b + 1), slice(v, v + 1)
-            out[b, v] = _crop(
-                values[b : b + 1, y0:y1, x0:x1],
-                (rows[0][one] - y0, rows[1][one]),
-                (columns[0][one] - x0, columns[1][one]),
-                (blur[0][one], blur[1][one]) if blurred[b][v] else None,
-            )[0, 0]
+    for b, (boxes, sigmas) in enumerate(zip(box.int().tolist(), sigma.tolist())):
+        for v, (y0, x0, y1, x1) in enumerate(boxes):  # cut out first: it stays in the cache
+            crop = _sum_rows(values[b, y0:y1, x0:x1], index[b, v, 0], weight[b, v, 0])
+            if blur and sigmas[v]:
+                crop = _sum_rows(crop, blur[0][b, v], blur[1][b, v])
+            crop = _sum_rows(crop.t().contiguous(), columns[b, v], column_weight[b, v])
+            if blur and sigmas[v]:
+                crop = _sum_rows(crop, blur[0][b, v], blur[1][b, v])
+            out[b, v] = crop.t()
     return out
 
 
-Taps = tuple[Tensor, Tensor]
+def _crop_all(values: Tensor, rows: Taps, columns: Taps, blur: Taps | None) -> Tensor:
+    """The same for all views of all slices at once: every sum is one call."""
+    num_slices, num_views, side, _ = rows[0].shape
+    crops = _sum_rows_batched(values, *rows).flatten(0, 1)
 
+    def each(taps: Taps) -> Taps:
+        return taps[0].flatten(0, 1)[:, None], taps[1].flatten(0, 1)[:, None]
 
-def _crop(values: Tensor, rows: Taps, columns: Taps, blur: Taps | None) -> Tensor:
-    """(B, Y, X) → (B, V, S, S): weighted sums down the columns, then, transposed, along the rows."""
-    crops = _sum_rows(values, *rows)
-    b, v, side, width = crops.shape
-    flat = crops.view(b * v, 1, side, width)
     if blur:
-        blur = blur[0].flatten(0, 1)[:, None], blur[1].flatten(0, 1)[:, None]
-        flat = _sum_rows(flat[:, 0], *blur)
-    across = columns[0].flatten(0, 1)[:, None], columns[1].flatten(0, 1)[:, None]
-    flat = _sum_rows(flat[:, 0].transpose(1, 2), *across)
+        crops = _sum_rows_batched(crops.view(-1, side, values.shape[2]), *each(blur)).flatten(0, 1)
+    crops = crops.view(-1, side, values.shape[2]).transpose(1, 2)
+    crops = _sum_rows_batched(crops, *each(columns)).flatten(0, 1)
     if blur:
-        flat = _sum_rows(flat[:, 0], *blur)
-    return flat.view(b, v, side, side).transpose(2, 3)
+        crops = _sum_rows_batched(crops, *each(blur)).flatten(0, 1)
+    return crops.view(num_slices, num_views, side, side).transpose(2, 3)
 
 
-def _sum_rows(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """(B, Y, X), row numbers and weights (B, V, S, T) → (B, V, S, X): Σ_t weight · row."""
+def _sum_rows_batched(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """(B, Y, X), row numbers and weights (B, V, S, T) → (B, V, S, X)."""
     b, y, x = values.shape
     start = torch.arange(0, b * y, y, device=values.device).view(-1, 1, 1, 1)
-    sums = functional.embedding_bag(
-        (index + start).flatten(0, 2), values.reshape(b * y, x), per_sample_weights=weight.flatten(0, 2), mode="sum"
-    )
+    sums = _sum_rows(values.reshape(b * y, x), (index + start).flatten(0, 2), weight.flatten(0, 2))
     return sums.view(*index.shape[:3], x)
 
 
-def taps(low: Tensor, high: Tensor, side: int, mode: str, longest: int) -> Taps:
-    """Which pixels of [low, high) make each of `side` pixels, as `functional.interpolate(antialias=True)` has it.
+def _sum_rows(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """(Y, X), row numbers and weights (S, T) → (S, X): Σ_t weight · row."""
+    return functional.embedding_bag(index, values, per_sample_weights=weight, mode="sum")
 
-    low, high  (B, V) whole pixels, float64
-    longest    no box is longer
-    returns    index (B, V, side, T) int64 and weight float32: a triangle, or Keys' cubic, as wide as the step
+
+def taps(length: Tensor, side: int, mode: str, longest: float) -> Taps:
+    """Which pixels of a line make each of `side` pixels, as `functional.interpolate(antialias=True)` has it.
+
+    length   (…) whole pixels, float64
+    longest  at least the largest of them
+    returns  index (…, side, T) int64 and weight float32: a triangle, or Keys' cubic, as wide as the step
     """
-    length = high - low
-    step = (length / side)[..., None, None]
-    width = step.clamp(min=1)
+    end = length[..., None, None]
+    width = (end / side).clamp(min=1)
     reach = 1 if mode == "bilinear" else 2
-    num = 2 * math.ceil(reach * max(longest / side, 1.0)) + 1
-    center = (torch.arange(side, device=low.device, dtype=low.dtype) + 0.5)[:, None] * step
-    index = (center - reach * width + 0.5).floor() + torch.arange(num, device=low.device)
+    num = math.ceil(2 * reach * max(longest / side, 1.0))
+    center = torch.arange(0.5, side, device=length.device, dtype=length.dtype)[:, None] * (end / side)
+    index = (center - (reach * width - 0.5)).floor() + torch.arange(num, device=length.device)
     distance = ((index + 0.5 - center) / width).abs()
     if mode == "bilinear":
-        weight = (1 - distance).clamp(min=0)
+        weight = (1 - distance).clamp_(min=0)
     else:
         near = (1.5 * distance - 2.5) * distance**2 + 1  # a = −½
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         weight = torch.where(distance < 1, near, far) * (distance < 2)
-    end = length[..., None, None]
     weight = weight * ((index >= 0) & (index < end))
     weight = weight / weight.sum(-1, keepdim=True)
-    return (torch.minimum(index.clamp(min=0), end - 1) + low[..., None, None]).long(), weight.float()
+    return torch.minimum(index.clamp_(min=0), end - 1).long(), weight.float()
 
 
 def blur_taps(sigma: Tensor, side: int) -> Taps:
@@ -245,7 +252,7 @@ def blur_taps(sigma: Tensor, side: int) -> Taps:
     index = (torch.arange(side, device=sigma.device)[:, None] + at.long()).abs()
     index = torch.minimum(index, 2 * (side - 1) - index)
     shape = *sigma.shape, side, len(at)
-    return index.expand(shape), weight[..., None, :].expand(shape).float()
+    return index.expand(shape), weight[..., None, :].float().expand(shape)
 
 
 def _change(pixels: Tensor, values: Tensor, mean: Tensor, std: Tensor, raw: Raw) -> Tensor:
@@ -256,14 +263,15 @@ def _change(pixels: Tensor, values: Tensor, mean: Tensor, std: Tensor, raw: Raw)
     mean, std, is_hu = mean[:, None], std[:, None], raw.slices[:, 6].float().view(-1, 1, 1, 1)
     unit = torch.where(is_hu == 1, 1, std)
     pivot = torch.where(is_hu == 1, AIR_HU - mean, 0)
-    if pixels.is_cuda or bool((gamma != 1).any()):
+    if not _one_by_one(pixels) or bool((gamma != 1).any()):
         darkest = values.amin((1, 2)).view(-1, 1, 1, 1).clamp(max=-1e-6)
         bent = darkest * (1 - (1 - pixels / darkest).clamp_(min=0) ** gamma)
         pixels = torch.where(gamma == 1, pixels, bent)
     pixels = pixels.mul_(gain / std).add_((pivot * (1 - gain) + offset * unit) / std)
-    if pixels.is_cuda or bool(noise.any()):
+    if not _one_by_one(pixels) or bool(noise.any()):
         pixels.addcmul_(noise_rows(raw.seeds, pixels.shape[-1]), noise * unit / std)
-    return pixels.clamp_((low - mean) / std, (high - mean) / std)
+    torch.maximum(pixels, (low - mean) / std, out=pixels)
+    return torch.minimum(pixels, (high - mean) / std, out=pixels)
 
 
 def noise_rows(seeds: Tensor, side: int) -> Tensor:
