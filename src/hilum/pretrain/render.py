@@ -165,8 +165,10 @@ def _resample(values: Tensor, views: Tensor, side: int, mode: str) -> Tensor:
     single = _one_by_one(values)
     longest = float((box[..., 2:] - box[..., :2]).max()) if single else max(values.shape[1:])
     index, weight = taps(box[..., 2:] - box[..., :2], side, mode, longest)
-    columns = torch.where(flip == 0, index[:, :, 1], index[:, :, 1].flip(-2))
-    column_weight = torch.where(flip == 0, weight[:, :, 1], weight[:, :, 1].flip(-2))
+    columns, column_weight = index[:, :, 1], weight[:, :, 1]
+    if not single or bool(flip.any()):
+        columns = torch.where(flip == 0, columns, columns.flip(-2))
+        column_weight = torch.where(flip == 0, column_weight, column_weight.flip(-2))
     blur = blur_taps(sigma, side) if not single or bool(sigma.any()) else None
     if not single:
         left, top = box[..., 1, None, None].long(), box[..., 0, None, None].long()
