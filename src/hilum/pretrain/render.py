@@ -173,17 +173,24 @@ def _resample(values: Tensor, views: Tensor, side: int, mode: str) -> Tensor:
     if not single:
         left, top = box[..., 1, None, None].long(), box[..., 0, None, None].long()
         return _crop_all(values, (index[:, :, 0] + top, weight[:, :, 0]), (columns + left, column_weight), blur)
-    out = values.new_empty(*views.shape[:2], side, side)
-    for b, (boxes, sigmas) in enumerate(zip(box.int().tolist(), sigma.tolist())):
-        for v, (y0, x0, y1, x1) in enumerate(boxes):  # cut out first: it stays in the cache
-            crop = _sum_rows(values[b, y0:y1, x0:x1], index[b, v, 0], weight[b, v, 0])
-            if blur and sigmas[v]:
-                crop = _sum_rows(crop, blur[0][b, v], blur[1][b, v])
-            crop = _sum_rows(crop.t().contiguous(), columns[b, v], column_weight[b, v])
-            if blur and sigmas[v]:
-                crop = _sum_rows(crop, blur[0][b, v], blur[1][b, v])
-            out[b, v] = crop.t()
+    rows = _flat(index[0, :, 0]), _flat(weight[0, :, 0])
+    across = _flat(columns[0]), _flat(column_weight[0])
+    out, sigmas = values.new_empty(1, len(rows[0]), side, side), sigma[0].tolist()
+    for v, (y0, x0, y1, x1) in enumerate(box[0].int().tolist()):  # cut out first: it stays in the cache
+        crop = _sum_rows(values[0, y0:y1, x0:x1], rows[0][v], rows[1][v], side)
+        if blur and sigmas[v]:
+            smooth = blur[0][0, v].flatten(), blur[1][0, v].flatten()
+            crop = _sum_rows(_sum_rows(crop, *smooth, side).t(), across[0][v], across[1][v], side)
+            crop = _sum_rows(crop, *smooth, side)
+        else:
+            crop = _sum_rows(crop.t(), across[0][v], across[1][v], side)
+        out[0, v] = crop.t()
     return out
+
+
+def _flat(taps: Tensor) -> tuple[Tensor, ...]:
+    """(V, S, T) → V times (S·T)."""
+    return taps.flatten(1).unbind()
 
 
 def _crop_all(values: Tensor, rows: Taps, columns: Taps, blur: Taps | None) -> Tensor:
@@ -207,13 +214,15 @@ def _sum_rows_batched(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """(B, Y, X), row numbers and weights (B, V, S, T) → (B, V, S, X)."""
     b, y, x = values.shape
     start = torch.arange(0, b * y, y, device=values.device).view(-1, 1, 1, 1)
-    sums = _sum_rows(values.reshape(b * y, x), (index + start).flatten(0, 2), weight.flatten(0, 2))
+    num = math.prod(index.shape[:3])
+    sums = _sum_rows(values.reshape(b * y, x), (index + start).flatten(), weight.flatten(), num)
     return sums.view(*index.shape[:3], x)
 
 
-def _sum_rows(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """(Y, X), row numbers and weights (S, T) → (S, X): Σ_t weight · row."""
-    return functional.embedding_bag(index, values, per_sample_weights=weight, mode="sum")
+def _sum_rows(values: Tensor, index: Tensor, weight: Tensor, num: int) -> Tensor:
+    """(Y, X), row numbers and weights (num · T) → (num, X): Σ_t weight · row."""
+    offsets = torch.arange(0, len(index), len(index) // num, device=index.device)
+    return functional.embedding_bag(index, values, offsets, per_sample_weights=weight, mode="sum")
 
 
 def taps(length: Tensor, side: int, mode: str, longest: float) -> Taps:
