@@ -197,8 +197,10 @@ def test_resolutions_fit_the_patch(small):
 def test_gram_crops_are_the_global_ones_unchanged(store_path, small):
     recipe = small["dino, sinkhorn"]
     quiet = replace(recipe.views, ct=type(recipe.views.ct)(), mr=type(recipe.views.mr)())
-    recipe = replace(recipe, objective=replace(recipe.objective, gram_weight=1.0, gram_px=32))
-    loud, plain = make_slices(store_path, recipe)[0], make_slices(store_path, replace(recipe, views=quiet))[0]
+    recipe = replace(recipe, objective=replace(recipe.objective, gram_weight=1.0, gram_start=0.5, gram_px=32))
+    slices = make_slices(store_path, recipe)
+    assert slices[9].gram is None
+    loud, plain = slices[10], make_slices(store_path, replace(recipe, views=quiet))[10]
     assert loud.gram is not None
     assert loud.gram.shape == (8, 1, 32, 32)
     assert not torch.allclose(loud.globals, plain.globals, atol=1e-2)

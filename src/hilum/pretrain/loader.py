@@ -60,11 +60,13 @@ class Batch:
 class DrawnBatch:
     """A batch before its pixels are made: slices as stored, views as numbers; the rest as in `Batch`.
 
-    sizes  side of the global and of the local crops
+    sizes      side of the global and of the local crops
+    with_gram  whether its step is held to an anchor, which wants crops of its own
     """
 
     raw: Raw
     sizes: tuple[int, int]
+    with_gram: bool
     masks: Tensor
     points: Tensor
     foreground: float
@@ -147,12 +149,13 @@ class Slices:
         """Samples first, first + 1, … as numbers and stored slices."""
         drawn = [self.draw(sample) for sample in range(first_sample, first_sample + count)]
         views = [view for d in drawn for view in d.views]
-        sizes = self.sizes(first_sample)
+        sizes, step = self.sizes(first_sample), first_sample // self.recipe.run.batch_size
         empty = np.zeros((sizes[0] // self.recipe.model.patch[0], sizes[0] // self.recipe.model.patch[1]), bool)
         masks = [d.views[n].mask for n in range(self.recipe.views.num_global) for d in drawn]
         return DrawnBatch(
             raw=pack([d.source for d in drawn], [d.views for d in drawn], self.contract),
             sizes=sizes,
+            with_gram=bool(self.recipe.objective.gram_weight) and step >= self.recipe.gram_steps[0],
             masks=torch.from_numpy(np.stack([empty if m is None else m for m in masks])).flatten(1),
             points=torch.from_numpy(np.stack([d.points for d in drawn], 1)),
             foreground=float(np.mean([view.foreground for view in views])),
@@ -161,13 +164,13 @@ class Slices:
 
     def render_batch(self, drawn: DrawnBatch) -> Batch:
         """Make the pixels, on the device where the batch lives."""
-        num, objective = self.recipe.views.num_global, self.recipe.objective
+        num = self.recipe.views.num_global
         first = drawn.raw.select(slice(num))
         parts = {"globals": (first, drawn.sizes[0])}
         if self.recipe.views.num_local:
             parts["locals"] = drawn.raw.select(slice(num, None)), drawn.sizes[1]
-        if objective.gram_weight:
-            parts["gram"] = first.plain(), objective.gram_px
+        if drawn.with_gram:
+            parts["gram"] = first.plain(), self.recipe.objective.gram_px
         crops = render(drawn.raw, list(parts.values()), self.contract)
         made = {name: c.flatten(0, 1) for name, c in zip(parts, crops)}
         return Batch(
