@@ -178,6 +178,8 @@ def test_files_and_functions_are_short():
 SETTINGS = {
     "Contract": {"contract"},
     "ViTConfig": {"config", "model"},
+    "Sampling": {"sampling"},
+    "Intensity": {"intensity"},
     "ViewSpec": {"spec", "views"},
     "Objective": {"objective"},
     "Optimiser": {"optimiser", "o"},
@@ -209,10 +211,10 @@ def test_every_setting_is_read():
 
 def test_every_setting_is_explained():
     """The docstring of a settings class names each field, or a comment stands beside it; short ones speak for themselves."""
-    from hilum.pretrain.recipe import Objective, Optimiser, ViewSpec
+    from hilum.pretrain.recipe import Intensity, Objective, Optimiser, Sampling, ViewSpec
 
     plain = {"betas", "num_global", "num_local"}
-    for cls in (ViewSpec, Objective, Optimiser):
+    for cls in (ViewSpec, Sampling, Intensity, Objective, Optimiser):
         assert cls.__doc__ is not None
         missing = [f for f in cls.__dataclass_fields__ if f not in cls.__doc__ and f not in plain]
         assert not missing, cls.__name__

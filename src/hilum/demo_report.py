@@ -17,15 +17,16 @@ from hilum.archive.phantom import ORGAN
 from hilum.archive.privacy import Key
 from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
-from hilum.encode.contract import prepare_slice
+from hilum.encode.contract import normalise_slice, prepare_slice
 from hilum.encode.embed import read_mask_table
 from hilum.encode.encoder import ViTEncoder, read_encoder
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, read_lines
+from hilum.pretrain.masks import sample_block_mask
 from hilum.pretrain.recipe import Recipe
-from hilum.pretrain.render import render
-from hilum.pretrain.views import Box, sample_block_mask, sample_rng
+from hilum.pretrain.sampling import sample_rng
+from hilum.pretrain.views import Box
 
 MAP_PX = 256  # maps are drawn at twice the training size: positions are interpolated
 METRIC_NAMES = {"accuracy": "accuracy", "auroc": "AUROC", "r2": "R²", "balanced_accuracy": "balanced accuracy"}
@@ -179,17 +180,19 @@ def _add_views(page: Page, store: Store, recipe: Recipe) -> None:
     spec = recipe.views
     slices = Slices(store, recipe, contract_of(recipe))
     shown: list[tuple[NDArray[Any], str, list[Box], list[Box], list[NDArray[Any]]]] = []
-    for drawn in slices.draw(0):
+    for sample in range(recipe.run.batch_size):
+        drawn = slices.draw(sample)
         rejected = [box for view in drawn.views for box in view.rejected]
         if rejected or not shown:
-            crops = [c[0].numpy() for c in render(drawn.image, drawn.views)]
-            shown.append((drawn.image[0].numpy(), "", [v.box for v in drawn.views], rejected, crops))
+            pixels, _ = store.read_slice(drawn.key, drawn.z)
+            image = normalise_slice(pixels, drawn.source.unit, slices.contract)[0].numpy()
+            shown.append((image, "", [v.box for v in drawn.views], rejected, slices.render_alone(drawn)))
         if len(shown) == 4:
             break
     page.section(
         "Content-aware crops",
         f"Slices with less than {spec.min_image_foreground:.0%} anatomy are not trained on, and crops with less than "
-        f"{spec.min_crop_foreground:.0%} are drawn again. {len(slices.volume):,} of "
+        f"{spec.min_crop_foreground:.0%} are drawn again. {slices.num_slices:,} of "
         f"{store.num_slices:,} slices remain.",
     )
     page.figure(

@@ -69,6 +69,10 @@ class TrainingDiverged(HilumError):
     """The loss stayed non-finite; the last good checkpoint is kept."""
 
 
+class WorkerDied(HilumError):
+    """A process that made training data was ended from outside; the last checkpoint is kept."""
+
+
 class DiskFull(HilumError):
     """No space left where we write. What was finished before is whole."""
 

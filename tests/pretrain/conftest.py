@@ -51,7 +51,7 @@ def other_store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LEJEPA = Recipe(
     name="small",
     model=ViTConfig(size="nano", patch=(8, 8), image=(32, 32), drop_path=0.25, layer_scale=0.0),
-    views=ViewSpec(num_local=2, global_px=32, local_px=16, min_image_foreground=0.2, flip=0.5),
+    views=ViewSpec(num_local=2, global_px=32, local_px=16, min_image_foreground=0.2, flip=0.5, mask_group=2),
     objective=Objective(kind="lejepa", hidden=32, projector_dim=8, sigreg_slices=32),
     optimiser=Optimiser(lr=2e-3, freeze_last_layer=0.0),
     run=Run(steps=20, batch_size=4, precision="fp32", checkpoint_every=10, health_every=5, num_workers=0),

@@ -1,12 +1,14 @@
-"""Sample number → slice, views, pixels. Stateless: the order of data depends on the seed and on nothing else.
+"""Sample numbers → batches. What a batch holds depends on its sample numbers only.
 
-Sample n of a run is slice π(n mod N) of epoch ⌊n/N⌋, where π is a keyed permutation of the N training slices. Workers,
-restarts and batch composition cannot change it, and resuming needs one integer.
+Worker processes read and draw. On a CPU they render, too; for a GPU they send slices as stored and numbers, and the GPU
+makes the pixels (`render.py`).
 """
 
 import signal
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,44 +16,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hilum.archive.store.content import SliceContent
 from hilum.archive.store.store import Store
-from hilum.encode.contract import Contract, normalise_slice
-from hilum.errors import StoreError
+from hilum.encode.contract import Contract
+from hilum.errors import HilumError, UsageError, WorkerDied
+from hilum.pretrain.masks import sample_mask_counts
 from hilum.pretrain.recipe import Recipe
-from hilum.pretrain.render import render
-from hilum.pretrain.views import View, mask_counts, sample_points, sample_rng, sample_views
+from hilum.pretrain.render import Raw, Source, pack, render
+from hilum.pretrain.sampling import Sampler, count_slices, enough_anatomy, mix, modality_weights, sample_rng
+from hilum.pretrain.views import View, sample_points, sample_views
 
-_ROUNDS = 6
+CPU = torch.device("cpu")
+READ_AHEAD = 2  # batches that a worker makes before they are asked for
 
-
-def permute(position: int, length: int, key: int) -> int:
-    """The place of `position` in a keyed permutation of range(length): a Feistel network with cycle walking."""
-    half = max((length - 1).bit_length() + 1, 2) // 2
-    low = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & low
-        for number in range(_ROUNDS):
-            # the multiply-xorshift finaliser of MurmurHash3, keyed by round
-            mixed = (right + key * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 33)) * 0xFF51AFD7ED558CCD) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 33)) * 0xC4CEB9FE1A85EC53) & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ ((mixed ^ (mixed >> 33)) & low)
-        position = (left << half) | right
-        if position < length:
-            return position
+_T = TypeVar("_T", "Batch", "DrawnBatch", Raw)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's input; crops are laid out all first globals, then all second ones, and so on.
+    """Some samples as pixels; crops are laid out all first globals, then all second ones, and so on.
 
     globals   (G·B, 1, S, S)
     locals    (L·B, 1, s, s), or None without local crops
-    masks     (G·B, N) bool; the number of hidden patches is the same in every batch
+    masks     (G·B, N) bool; batches of whole mask groups all hide the same number of patches
     points    (G, B, P, 2) places (y, x in fractions of the crop) that all global crops of a slice show; NaN without one
     gram      (G·B, 1, P, P) the global crops without change of intensity for Gram anchoring, or None
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
+    gram      (G·B, 1, gram_px, gram_px) the global crops, intensity unchanged, for the Gram teacher; None without one
     """
 
     globals: Tensor
@@ -63,105 +53,229 @@ class Batch:
     gram: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)  # type: ignore[arg-type]
+        return _to(self, device)
+
+
+@dataclass(frozen=True)
+class DrawnBatch:
+    """A batch before its pixels are made: slices as stored, views as numbers; the rest as in `Batch`.
+
+    sizes      side of the global and of the local crops
+    with_gram  whether its step is held to an anchor, which wants crops of its own
+    """
+
+    raw: Raw
+    sizes: tuple[int, int]
+    with_gram: bool
+    masks: Tensor
+    points: Tensor
+    foreground: float
+    num_rejected: float
+
+    def to(self, device: torch.device) -> "DrawnBatch":
+        return replace(_to(self, device), raw=_to(self.raw, device))
+
+    def pin_memory(self) -> "DrawnBatch":
+        """Called by the DataLoader, so that the copy to the device does not wait."""
+        return replace(_pin(self), raw=_pin(self.raw))
+
+
+def _to(record: _T, device: torch.device) -> _T:
+    tensors: Any = {n: v.to(device, non_blocking=True) for n, v in vars(record).items() if isinstance(v, Tensor)}
+    return replace(record, **tensors)
+
+
+def _pin(record: _T) -> _T:
+    tensors: Any = {n: v.pin_memory() for n, v in vars(record).items() if isinstance(v, Tensor)}
+    return replace(record, **tensors)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One slice of a batch: pixels (1, Y, X), the views drawn of it, and places that its global crops share."""
+    """One sample: which slice, its stored pixels, the views drawn of it, and places that its global crops share."""
 
-    image: Tensor
+    key: str
+    z: int
+    source: Source
     views: list[View]
     points: NDArray[np.float32]
 
 
-class Slices(Dataset[Batch]):
-    """The training slices of a store; item `step` is the whole batch of that step."""
+class Slices:
+    """The training slices of a store, by sample number."""
 
     def __init__(self, store: Store, recipe: Recipe, contract: Contract) -> None:
         self.store, self.recipe, self.contract = store, recipe, contract
-        self.volume, self.slice = training_slices(store, recipe.views.min_image_foreground)
-        py, px = recipe.model.patch
-        self.grid = (recipe.views.global_px // py, recipe.views.global_px // px)
+        counts = count_slices(store, recipe.views.min_image_foreground)
+        weights = modality_weights(store, recipe.sampling)
+        self.sampler = Sampler(counts, weights, recipe.sampling.volume_power, recipe.run.seed)
+        self.num_slices = int(counts.sum())
+        self._enough = enough_anatomy(recipe.views.min_image_foreground)
 
     def __len__(self) -> int:
         return self.recipe.run.steps
 
-    def read(self, sample: int) -> tuple[Tensor, SliceContent, str]:
-        """Slice of a sample number: normalised pixels (1, Y, X), content, key of its volume."""
-        epoch, position = divmod(sample, len(self.volume))
-        index = permute(position, len(self.volume), self.recipe.run.seed * 1_000_003 + epoch)
-        row = self.store.rows[self.volume[index]]
-        pixels, content = self.store.read_slice(row.key, int(self.slice[index]))
-        return normalise_slice(pixels, row.unit, self.contract), content, row.key
-
-    def draw(self, step: int) -> Iterator[Drawn]:
-        """The slices of a step and what is drawn of each."""
-        spec, run = self.recipe.views, self.recipe.run
-        counts = mask_counts(
-            spec.num_global * run.batch_size, self.grid[0] * self.grid[1], spec, sample_rng(run.seed + 1, step)
-        )
-        for place in range(run.batch_size):
-            sample = step * run.batch_size + place
-            image, content, _ = self.read(sample)
-            rng = sample_rng(run.seed, sample)
-            views = sample_views(rng, content, spec, self.grid, counts[place :: run.batch_size])
-            points = sample_points(rng, content.grid, views[: spec.num_global], self.recipe.objective.patch_points)
-            yield Drawn(image, views, points)
-
     def __getitem__(self, step: int) -> Batch:
-        drawn = list(self.draw(step))
-        crops = [render(d.image, d.views, self.contract.resampling) for d in drawn]
-        num_global, num_views = self.recipe.views.num_global, len(crops[0])
-        empty = np.zeros(self.grid, bool)
-        masks = [d.views[n].mask for n in range(num_global) for d in drawn]
+        """The whole batch of a step."""
+        size = self.recipe.run.batch_size
+        return self.make_batch(step * size, size)
+
+    def sizes(self, sample: int) -> tuple[int, int]:
+        """Side of the global and of the local crops at the step that a sample belongs to."""
+        spec, run = self.recipe.views, self.recipe.run
+        if not spec.resolutions:
+            return spec.global_px, spec.local_px
+        weights = np.cumsum([weight for *_, weight in spec.resolutions])
+        place = mix(run.seed, 4, sample // run.batch_size) / 2**64 * weights[-1]
+        return spec.resolutions[min(int(np.searchsorted(weights, place, side="right")), len(weights) - 1)][:2]
+
+    def draw(self, sample: int) -> Drawn:
+        """Read the slice of a sample number and draw its views."""
+        volume, number = self.sampler[sample]
+        row = self.store.rows[volume]
+        z = int(np.flatnonzero(self._enough[np.frombuffer(row.foreground, np.uint8)])[number])
+        stored, content = self.store.read_stored_slice(row.key, z)
+        spec, objective, sizes = self.recipe.views, self.recipe.objective, self.sizes(sample)
+        py, px = self.recipe.model.patch
+        grid = sizes[0] // py, sizes[0] // px
+        rng = sample_rng(self.recipe.run.seed, sample)
+        counts = sample_mask_counts(sample, grid[0] * grid[1], spec, self.recipe.run.seed)
+        views = sample_views(rng, content, row.unit, spec, sizes, grid, counts)
+        num_points = objective.patch_points if objective.patch_weight else 0
+        points = sample_points(rng, content.grid, views[: spec.num_global], num_points)
+        return Drawn(row.key, z, Source(stored, row.slope, row.intercept, row.unit), views, points)
+
+    def draw_batch(self, first_sample: int, count: int) -> DrawnBatch:
+        """Samples first, first + 1, … as numbers and stored slices."""
+        drawn = [self.draw(sample) for sample in range(first_sample, first_sample + count)]
         views = [view for d in drawn for view in d.views]
-        return Batch(
-            globals=torch.stack([c[n] for n in range(num_global) for c in crops]),
-            locals=torch.stack([c[n] for n in range(num_global, num_views) for c in crops])
-            if num_views > num_global
-            else None,
+        sizes, step = self.sizes(first_sample), first_sample // self.recipe.run.batch_size
+        empty = np.zeros((sizes[0] // self.recipe.model.patch[0], sizes[0] // self.recipe.model.patch[1]), bool)
+        masks = [d.views[n].mask for n in range(self.recipe.views.num_global) for d in drawn]
+        return DrawnBatch(
+            raw=pack([d.source for d in drawn], [d.views for d in drawn], self.contract),
+            sizes=sizes,
+            with_gram=bool(self.recipe.objective.gram_weight) and step >= self.recipe.gram_steps[0],
             masks=torch.from_numpy(np.stack([empty if m is None else m for m in masks])).flatten(1),
             points=torch.from_numpy(np.stack([d.points for d in drawn], 1)),
             foreground=float(np.mean([view.foreground for view in views])),
             num_rejected=float(np.mean([len(view.rejected) for view in views])),
         )
 
-
-def training_slices(store: Store, min_foreground: float) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Volume number and slice number of every slice with enough anatomy. StoreError when none has."""
-    volumes, slices = [], []
-    enough = np.arange(256) / 255 >= min_foreground
-    best = 0.0
-    for volume, number, level in store.foreground():
-        keep = enough[level]
-        volumes.append(volume[keep])
-        slices.append(number[keep])
-        best = max(best, int(level.max()) / 255)
-    if not any(map(len, slices)):
-        raise StoreError(
-            f"no slice of {store.root} has {min_foreground:.0%} anatomy; the best of {len(store)} volumes has {best:.0%}. "
-            "Lower it with --set views.min_image_foreground=..."
+    def render_batch(self, drawn: DrawnBatch) -> Batch:
+        """Make the pixels, on the device where the batch lives."""
+        num = self.recipe.views.num_global
+        first = drawn.raw.select(slice(num))
+        parts = {"globals": (first, drawn.sizes[0])}
+        if self.recipe.views.num_local:
+            parts["locals"] = drawn.raw.select(slice(num, None)), drawn.sizes[1]
+        if drawn.with_gram:
+            parts["gram"] = first.plain(), self.recipe.objective.gram_px
+        crops = render(drawn.raw, list(parts.values()), self.contract)
+        made = {name: c.flatten(0, 1) for name, c in zip(parts, crops)}
+        return Batch(
+            globals=made["globals"],
+            locals=made.get("locals"),
+            masks=drawn.masks,
+            points=drawn.points,
+            foreground=drawn.foreground,
+            num_rejected=drawn.num_rejected,
+            gram=made.get("gram"),
         )
-    return np.concatenate(volumes), np.concatenate(slices)
+
+    def make_batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first, first + 1, … as pixels on the CPU. All of them belong to one step."""
+        return self.render_batch(self.draw_batch(first_sample, count))
+
+    def render_alone(self, drawn: Drawn) -> list[NDArray[np.float32]]:
+        """The crops (size, size) of one sample, for pictures."""
+        raw = pack([drawn.source], [drawn.views], self.contract)
+        parts = [(raw.select(slice(n, n + 1)), view.size_px) for n, view in enumerate(drawn.views)]
+        return [crop[0, 0, 0].numpy() for crop in render(raw, parts, self.contract)]
 
 
-def batches(slices: Slices, start: int) -> Generator[Batch, None, None]:
-    """The batches of steps start, start + 1, …, made ahead by worker processes. Close it to end them."""
+class _MicroBatches(Dataset[Batch | DrawnBatch | HilumError]):
+    """What one rank is fed, micro-batch by micro-batch. An error of ours comes back as a value, to be raised whole."""
+
+    def __init__(self, slices: Slices, rank: int, world: int, accumulate: int, render: bool) -> None:
+        self.slices, self.rank, self.world, self.accumulate, self.render = slices, rank, world, accumulate, render
+
+    def __getitem__(self, number: int) -> Batch | DrawnBatch | HilumError:
+        step, micro = divmod(number, self.accumulate)
+        size = self.slices.recipe.run.batch_size
+        count = size // (self.accumulate * self.world)
+        first = step * size + (micro * self.world + self.rank) * count
+        try:
+            drawn = self.slices.draw_batch(first, count)
+            return self.slices.render_batch(drawn) if self.render else drawn
+        except HilumError as error:
+            return error
+
+
+def batches(
+    slices: Slices,
+    start_step: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    accumulate: int = 1,
+    device: torch.device = CPU,
+) -> Generator[Batch, None, None]:
+    """The micro-batches of one rank from a step on, made ahead by worker processes. Close it to end them.
+
+    rank, world  this rank takes every world-th micro-batch
+    accumulate   micro-batches of a rank in a step: micro-batch a of step s is the b = B / (accumulate · world) samples
+                 from s·B + (a·world + rank)·b on
+    device       where the batches are wanted; a GPU makes the pixels itself
+
+    Raises UsageError when B cannot be divided so, WorkerDied when a worker is ended from outside.
+    """
+    run = slices.recipe.run
+    if run.batch_size % (world * accumulate):
+        raise UsageError(
+            f"run.batch_size {run.batch_size} cannot be shared by {world} ranks with {accumulate} micro-batches each; "
+            f"make it a multiple of {world * accumulate}"
+        )
     loader = DataLoader(
-        slices,
+        _MicroBatches(slices, rank, world, accumulate, _rendered_by_workers(device)),
         batch_size=None,
-        sampler=range(start, len(slices)),
-        num_workers=slices.recipe.run.num_workers,
-        worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
+        sampler=range(start_step * accumulate, run.steps * accumulate),
+        num_workers=run.num_workers,
+        prefetch_factor=READ_AHEAD if run.num_workers else None,
+        worker_init_fn=_begin_worker,
+        pin_memory=device.type == "cuda",
     )
-    yield from loader
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGCHLD, before
+        )  # torch would raise wherever the program is; asking it for a batch raises, too
+    while True:
+        try:
+            made = next(stream, None)
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
+                raise
+            raise WorkerDied(
+                f"a process that makes training data was ended from outside ({error}). Most often memory ran out: lower "
+                "run.num_workers (each holds up to three batches), then run the same command again to go on"
+            ) from None
+        if made is None:
+            return
+        if isinstance(made, HilumError):
+            raise made
+        yield made if isinstance(made, Batch) else slices.render_batch(made.to(device))
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C, `timeout` and batch systems signal every process of a run. Only the loop acts on it: it still needs these
-    workers, and ends them itself."""
+def _rendered_by_workers(device: torch.device) -> bool:
+    """A CPU's pixels are made by the workers; a GPU makes its own, and the slices as stored are less to send."""
+    return device.type == "cpu"
+
+
+def _begin_worker(_: int) -> None:
+    """One thread: there are as many workers as cores. Ctrl-C, `timeout` and batch systems signal every process of a run, but
+    only the loop acts on it: it still needs its workers, and ends them itself."""
+    torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

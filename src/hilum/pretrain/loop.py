@@ -72,11 +72,11 @@ def pretrain(
         write_json(out / "run.json", record)
 
     stop = _StopSignal()
-    with stop, _Log(out, start) as log, contextlib.closing(batches(slices, start)) as stream:
+    with stop, _Log(out, start) as log, contextlib.closing(batches(slices, start, device=torch_device)) as stream:
         bad_steps = 0
         for step, batch in enumerate(stream, start):
             began = time.perf_counter()
-            line = train_step(learner, optimiser, batch.to(torch_device), step)
+            line = train_step(learner, optimiser, batch, step)
             bad_steps = bad_steps + 1 if "skipped" in line else 0
             log.write(line, seconds=time.perf_counter() - began)
             if progress:
@@ -93,7 +93,7 @@ def pretrain(
     if record.get("start"):
         facts["start"] = record["start"]["summary"]
     write_encoder(out / "export", learner.teacher_backbone(), contract, facts)
-    record |= {"status": "finished", "contract": contract.hash, "num_slices": len(slices.volume)}
+    record |= {"status": "finished", "contract": contract.hash, "num_slices": slices.num_slices}
     write_json(out / "run.json", record)
     return record
 

@@ -80,24 +80,48 @@ SETTINGS: dict[str, Setting] = {
     "views.max_tries": Setting(
         "draws", "before the best crop so far is taken", "ours", "unpublished; a slice is never given up"
     ),
-    "views.gain": Setting(
+    "views.ct.gain": Setting("factor", "about -1000 HU, 1 ± this", "ours", "calibration of scanners"),
+    "views.ct.offset": Setting("HU", "largest shift", "ours", "calibration of scanners"),
+    "views.ct.gamma": Setting("exponent", "none in CT", "ours", "it would bend Hounsfield units"),
+    "views.ct.noise": Setting("HU", "largest noise added", "ours", "dose changes noise; DINOv2 has none"),
+    "views.ct.blur": Setting(
+        "probability", "Gaussian blur, sigma .3 to 1.2 pixels", "ours", "reconstruction kernels differ"
+    ),
+    "views.ct.window": Setting("probability", "cut to a display window", "ours", "as readers see it"),
+    "views.ct.windows_hu": Setting("HU", "level and width of each window", "ours", "soft tissue, lung, bone"),
+    "views.mr.gain": Setting(
         "factor", "largest change of contrast, 1 ± this", "ours", "DINOv2's .4 in RGB halved: grey has a meaning"
     ),
-    "views.offset": Setting(
+    "views.mr.offset": Setting(
         "deviations", "largest shift of intensity", "ours", "as gain; deviations are those of the slice"
     ),
-    "views.noise": Setting("deviations", "largest noise added", "ours", "dose and coils change noise; DINOv2 has none"),
-    "views.blur": Setting(
+    "views.mr.gamma": Setting("exponent", "bend between darkest and mean", "ours", "sequences differ in contrast"),
+    "views.mr.noise": Setting("deviations", "largest noise added", "ours", "coils change noise; DINOv2 has none"),
+    "views.mr.blur": Setting(
         "probability",
         "Gaussian blur, sigma .3 to 1.2 pixels",
         "ours",
         "DINOv2's sigma reaches 2, the size of a small vessel",
+    ),
+    "views.mr.window": Setting("probability", "none without Hounsfield units", "ours", "windows are in HU"),
+    "views.mr.windows_hu": Setting("HU", "not used without Hounsfield units", "ours", "windows are in HU"),
+    "views.resolutions": Setting(
+        "pixels", "(global, local, weight), one drawn a step", "ours", "empty: one size, as Curia-2; DINOv3 mixes"
+    ),
+    "views.mask_group": Setting(
+        "slices", "that deal out the shares of hidden patches", "ours", "the same count at every step and on every rank"
     ),
     "views.mask_probability": Setting("share", "global crops that are masked", "code", "DINOv2"),
     "views.mask_ratio": Setting("share", "patches hidden in a masked crop", "code", "DINOv2; Curia-2 gives none"),
     "views.mask_prior": Setting("choice", "where blocks fall", "paper", "guided: Gaussian around the anatomy"),
     "views.mask_sigma": Setting(
         "share of side", "width of the guided prior", "ours", "unpublished; two sigma reach the crop's rim"
+    ),
+    "sampling.ct": Setting("weight", "of CT", "ours", "unpublished; 1 = its natural share"),
+    "sampling.mr": Setting("weight", "of MR", "ours", "unpublished; 1 = its natural share"),
+    "sampling.other": Setting("weight", "of the rest", "ours", "unpublished; 1 = its natural share"),
+    "sampling.volume_power": Setting(
+        "exponent", "a volume of n slices counts n**this", "ours", "unpublished; 1 = every slice alike"
     ),
     "objective.kind": Setting("choice", "dino (with teacher) or lejepa (without)", "paper", "DINO and iBOT"),
     "objective.prototypes": Setting(

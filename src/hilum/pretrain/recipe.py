@@ -22,6 +22,55 @@ def expect(ok: bool, name: str, found: object, wanted: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How often each scan is shown.
+
+    ct, mr, other   weight of a modality; 1 = its natural share, 0 = never
+    volume_power    a volume with n slices worth training on counts n**power: 1 = every slice alike, 0 = every volume alike,
+                    so that a CT of 1,000 slices does not drown an MR of 20
+    """
+
+    ct: float = 1.0
+    mr: float = 1.0
+    other: float = 1.0
+    volume_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = self.ct, self.mr, self.other
+        expect(min(weights) >= 0 and max(weights) > 0, "sampling.ct, mr, other", weights, "at least 0 and not all 0")
+        expect(0 <= self.volume_power <= 1, "sampling.volume_power", self.volume_power, "between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intensity:
+    """How much the values of a crop may change; the unit is 1 HU in CT, else the standard deviation of the slice.
+
+    gain     factor 1 ± gain: in CT about −1000 HU, where nothing attenuates (calibration), else about the slice's mean
+    offset   shift ± offset
+    gamma    exponent exp(± gamma) between the slice's darkest value and its mean, which both stay; not in CT
+    noise    white noise with a standard deviation up to this
+    blur     probability of a Gaussian blur with sigma .3-1.2 pixels of the crop
+    window   probability that values are cut to one of `windows_hu`; CT only
+    windows_hu  (level, width) of display windows: soft tissue, lung, bone; the level varies by a tenth of the width, the
+                width by a fifth
+    """
+
+    gain: float = 0.0
+    offset: float = 0.0
+    gamma: float = 0.0
+    noise: float = 0.0
+    blur: float = 0.0
+    window: float = 0.0
+    windows_hu: tuple[Range, ...] = ((40.0, 400.0), (-600.0, 1500.0), (400.0, 1800.0))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gain < 1 or min(self.offset, self.gamma, self.noise) < 0:
+            raise UsageError(f"intensity changes are at least 0, gain below 1; found {self}")
+        if self.window and not (self.windows_hu and all(width > 0 for _, width in self.windows_hu)):
+            raise UsageError(f"windows_hu must be pairs of level and width > 0; found {self.windows_hu}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ViewSpec:
     """What may be drawn from one slice.
 
@@ -32,9 +81,12 @@ class ViewSpec:
     min_image_foreground      slices with less anatomy are not trained on (Curia-2: at most 50 % background)
     min_crop_foreground       crops with less anatomy are drawn again (Curia-2: at most 70 % background)
     max_tries                 draws before the best crop so far is taken
-    gain, offset, noise       largest intensity change: factor 1 ± gain, shift ± offset, noise up to this (in standard
-                              deviations of the slice); colour jitter's meaning for one physical channel
-    blur                      probability of a Gaussian blur with sigma .3-1.2 pixels
+    ct, mr                    changes of intensity, by modality; `mr` is for all that has no physical unit. A scanner's
+                              calibration, noise and windows for CT; colour jitter's meaning for one channel else
+    resolutions               (global_px, local_px, weight): each step draws one of them, the same on all ranks, as DINOv3's
+                              high-resolution stage does; empty = the two sizes above at every step
+    mask_group                slices among which the shares of hidden patches are dealt: a batch of whole groups hides the
+                              same number of patches at every step (ours; DINOv3 deals within the batch of a device)
     mask_probability          share of global crops that are masked
     mask_ratio                range of the share of masked patches
     mask_prior                where blocks fall: "guided" around the anatomy (Curia-2) or "uniform" (DINOv2)
@@ -52,10 +104,10 @@ class ViewSpec:
     min_image_foreground: float = 0.5
     min_crop_foreground: float = 0.3
     max_tries: int = 20
-    gain: float = 0.2
-    offset: float = 0.2
-    noise: float = 0.05
-    blur: float = 0.3
+    ct: Intensity = Intensity(gain=0.02, offset=10.0, noise=25.0, blur=0.3, window=0.2)
+    mr: Intensity = Intensity(gain=0.2, offset=0.2, gamma=0.15, noise=0.05, blur=0.3)
+    resolutions: tuple[tuple[int, int, float], ...] = ()
+    mask_group: int = 8
     mask_probability: float = 0.5
     mask_ratio: Range = (0.1, 0.5)
     mask_prior: Literal["guided", "uniform"] = "guided"
@@ -68,6 +120,10 @@ class ViewSpec:
         for name in ("flip", "min_image_foreground", "min_crop_foreground", "mask_probability"):
             expect(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "between 0 and 1")
         expect(self.mask_sigma > 0, "views.mask_sigma", self.mask_sigma, "above 0")
+        expect(self.mask_group >= 1, "views.mask_group", self.mask_group, "at least 1")
+        expect(not self.ct.gamma, "views.ct.gamma", self.ct.gamma, "0, since it would bend Hounsfield units")
+        expect(not self.mr.window, "views.mr.window", self.mr.window, "0, since windows are in Hounsfield units")
+        expect(all(w > 0 for *_, w in self.resolutions), "views.resolutions", self.resolutions, "of weights above 0")
         shares = ("global_scale", "local_scale", "mask_ratio")
         for name in (*shares, "aspect"):
             low, high = getattr(self, name)
@@ -232,6 +288,7 @@ class Recipe:
     needs_start: bool = False
     model: ViTConfig = field(default_factory=ViTConfig)
     views: ViewSpec = field(default_factory=ViewSpec)
+    sampling: Sampling = field(default_factory=Sampling)
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
@@ -243,7 +300,9 @@ class Recipe:
             raise UsageError(
                 f"recipe {self.name}: iBOT needs masks; raise views.mask_probability or set ibot_weight to 0"
             )
-        for name, px in (("global_px", self.views.global_px), ("local_px", self.views.local_px)):
+        sizes = [("global_px", self.views.global_px), ("local_px", self.views.local_px)]
+        sizes += [("resolutions", px) for pair in self.views.resolutions for px in pair[:2]]
+        for name, px in sizes:
             if any(px % p for p in self.model.patch):
                 raise UsageError(f"views.{name} {px} is no multiple of the patch {self.model.patch}")
 

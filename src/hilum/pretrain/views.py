@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hilum.archive.store.content import SliceContent
-from hilum.pretrain.recipe import ViewSpec
+from hilum.pretrain.masks import Mask, sample_block_mask
+from hilum.pretrain.recipe import Intensity, Range, ViewSpec
 
 Box = tuple[float, float, float, float]
-Mask = NDArray[np.bool_]
+Boxes = NDArray[np.float64]
 
-MIN_BLOCK = 4  # patches; DINOv2's smallest mask block
-BLOCK_ASPECT = (0.3, 1 / 0.3)  # and its range of height/width
-BLOCK_TRIES = 10
+SHAPE_TRIES = 10  # torchvision's RandomResizedCrop
+BLUR_SIGMA = (0.3, 1.2)  # pixels of the crop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """What was decided for one crop.
 
@@ -28,8 +28,11 @@ class View:
     foreground  share of anatomy in the box
     rejected    boxes that were drawn before and held too little anatomy
     flip        mirrored left-right
-    gain, offset, noise, noise_seed, blur   intensity: x·gain + offset + noise·N(0, 1), Gaussian blur sigma in pixels
     size_px     side of the rendered crop
+    gain, offset, gamma, noise, blur   change of intensity, see `Intensity`; noise is its standard deviation, blur the
+                sigma in pixels, gamma the exponent
+    noise_seed  decides the noise
+    window_hu   (lowest, highest) value that is told apart, or None
     mask        (rows, columns) of patches to hide, or None
     """
 
@@ -37,116 +40,127 @@ class View:
     foreground: float
     rejected: tuple[Box, ...]
     flip: bool
-    gain: float
-    offset: float
-    noise: float
-    noise_seed: int
-    blur: float
     size_px: int
+    gain: float = 1.0
+    offset: float = 0.0
+    gamma: float = 1.0
+    noise: float = 0.0
+    blur: float = 0.0
+    noise_seed: int = 0
+    window_hu: Range | None = None
     mask: Mask | None = None
 
 
-def sample_rng(seed: int, sample: int) -> np.random.Generator:
-    """The generator of one training sample."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, sample], np.uint64)))
-
-
 def sample_views(
-    rng: np.random.Generator, content: SliceContent, spec: ViewSpec, grid: tuple[int, int], mask_counts: list[int]
+    rng: np.random.Generator,
+    content: SliceContent,
+    unit: str,
+    spec: ViewSpec,
+    sizes: tuple[int, int],
+    grid: tuple[int, int],
+    mask_counts: list[int],
 ) -> list[View]:
     """All views of one slice: the global ones first.
 
     content      foreground grid and centre of the slice
+    unit         of its values; "HU" takes the changes of `spec.ct`, anything else those of `spec.mr`
+    sizes        side of a global and of a local crop
     grid         patches of a global crop
     mask_counts  for each global crop, how many patches to hide (0 = none)
     """
-    integral = integrate(content.grid)
+    num = spec.num_global + spec.num_local
+    scales = np.array([spec.global_scale] * spec.num_global + [spec.local_scale] * spec.num_local)
+    crops = sample_crops(rng, content.grid, scales, spec)
+    flips = (rng.random(num) < spec.flip).tolist()
+    changes = sample_intensity(rng, spec.ct if unit == "HU" else spec.mr, num)
     views = []
-    for number in range(spec.num_global + spec.num_local):
-        is_global = number < spec.num_global
-        scale = spec.global_scale if is_global else spec.local_scale
-        box, share, rejected = sample_crop(rng, integral, scale, spec)
-        flip = bool(rng.random() < spec.flip)
-        mask = None
+    for number, ((box, share, rejected), flip, change) in enumerate(zip(crops, flips, changes)):
+        is_global, mask = number < spec.num_global, None
         if is_global and mask_counts[number]:
             center = anatomy_in_crop(content.center, box, flip) if spec.mask_prior == "guided" else None
             mask = sample_block_mask(rng, grid, mask_counts[number], center, spec.mask_sigma)
+        gain, offset, gamma, noise, blur, noise_seed, window_hu = change
+        size_px = sizes[0] if is_global else sizes[1]
         views.append(
-            View(
-                box=box,
-                foreground=share,
-                rejected=tuple(rejected),
-                flip=flip,
-                gain=1 + spec.gain * float(rng.uniform(-1, 1)),
-                offset=spec.offset * float(rng.uniform(-1, 1)),
-                noise=spec.noise * float(rng.random()),
-                noise_seed=int(rng.integers(2**31)),
-                blur=float(rng.uniform(0.3, 1.2)) if rng.random() < spec.blur else 0.0,
-                size_px=spec.global_px if is_global else spec.local_px,
-                mask=mask,
-            )
+            View(box, share, rejected, flip, size_px, gain, offset, gamma, noise, blur, noise_seed, window_hu, mask)
         )
     return views
 
 
-def integrate(grid: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Integral image of the foreground grid, with a leading row and column of zeros; its last value is the mean."""
+def foreground_share(grid: NDArray[np.float32], boxes: Boxes) -> NDArray[np.float64]:
+    """Share of anatomy in boxes (N, 4), exact for a foreground grid that is constant in each cell."""
     rows, columns = grid.shape
-    out = np.zeros((rows + 1, columns + 1))
-    out[1:, 1:] = grid.cumsum(0, dtype=np.float64).cumsum(1) / grid.size
-    return out
+    in_rows = _overlap(boxes[:, 0], boxes[:, 2], rows)
+    in_columns = _overlap(boxes[:, 1], boxes[:, 3], columns)
+    total = ((in_rows @ grid) * in_columns).sum(1) / (rows * columns)
+    return np.asarray(total / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])))
 
 
-def foreground_share(integral: NDArray[np.float64], box: Box) -> float:
-    """Share of anatomy in a box, exact for a grid that is constant in each cell."""
-    y0, x0, y1, x1 = box
-    total = _at(integral, y1, x1) - _at(integral, y0, x1) - _at(integral, y1, x0) + _at(integral, y0, x0)
-    return total / ((y1 - y0) * (x1 - x0))
+def _overlap(low: NDArray[np.float64], high: NDArray[np.float64], cells: int) -> NDArray[np.float64]:
+    """(N, cells) share of each cell that lies between two fractions of an axis."""
+    at = np.arange(cells)
+    return np.clip(high[:, None] * cells - at, 0, 1) - np.clip(low[:, None] * cells - at, 0, 1)
 
 
-def _at(integral: NDArray[np.float64], y: float, x: float) -> float:
-    """The integral at a fraction of the image, bilinear between grid corners."""
-    rows, columns = integral.shape[0] - 1, integral.shape[1] - 1
-    y, x = y * rows, x * columns
-    j, i = min(int(y), rows - 1), min(int(x), columns - 1)
-    v, u = y - j, x - i
-    top = (1 - u) * integral[j, i] + u * integral[j, i + 1]
-    bottom = (1 - u) * integral[j + 1, i] + u * integral[j + 1, i + 1]
-    return float((1 - v) * top + v * bottom)
+def sample_crops(
+    rng: np.random.Generator, grid: NDArray[np.float32], scales: NDArray[np.float64], spec: ViewSpec
+) -> list[tuple[Box, float, tuple[Box, ...]]]:
+    """Random crops with enough anatomy: for each the first draw that has it, else the best of `max_tries`.
 
-
-def sample_crop(
-    rng: np.random.Generator, integral: NDArray[np.float64], scale: tuple[float, float], spec: ViewSpec
-) -> tuple[Box, float, list[Box]]:
-    """A random crop with enough anatomy: the first that has it, else the best of `max_tries`.
-
-    returns  box, its foreground share, the boxes rejected before
+    grid     foreground grid of the slice
+    scales   (V, 2) range of the area of each crop
+    returns  for each crop its box, foreground share, the boxes rejected before
     """
-    best, best_share = (0.0, 0.0, 1.0, 1.0), -1.0
-    rejected: list[Box] = []
-    for _ in range(spec.max_tries):
-        box = sample_box(rng, scale, spec.aspect)
-        share = foreground_share(integral, box)
-        if share >= spec.min_crop_foreground:
-            return box, share, rejected
-        rejected.append(box)
-        if share > best_share:
-            best, best_share = box, share
-    rejected.remove(best)
-    return best, best_share, rejected
+    num, tries = len(scales), spec.max_tries
+    boxes = sample_boxes(rng, np.repeat(scales, tries, 0), spec.aspect)
+    shares = foreground_share(grid, boxes).reshape(num, tries)
+    enough = shares >= spec.min_crop_foreground
+    found = enough.any(1)
+    chosen = np.where(found, enough.argmax(1), shares.argmax(1))
+    tuples = [tuple(box) for box in boxes.tolist()]
+    crops = []
+    for number, (pick, good) in enumerate(zip(chosen.tolist(), np.asarray(found).tolist())):
+        drawn = tuples[number * tries : (number + 1) * tries]
+        rejected = drawn[:pick] if good else drawn[:pick] + drawn[pick + 1 :]
+        crops.append((drawn[pick], float(shares[number, pick]), tuple(rejected)))
+    return crops
 
 
-def sample_box(rng: np.random.Generator, scale: tuple[float, float], aspect: tuple[float, float]) -> Box:
-    """A box of random area and shape at a random place (the draw of RandomResizedCrop)."""
-    for _ in range(10):
-        area, ratio = rng.uniform(*scale), np.exp(rng.uniform(*np.log(aspect)))
-        height, width = float(np.sqrt(area / ratio)), float(np.sqrt(area * ratio))
-        if height <= 1 and width <= 1:
-            break
-    else:
-        height = width = float(np.sqrt(scale[1]))
-    y0, x0 = float(rng.uniform(0, 1 - height)), float(rng.uniform(0, 1 - width))
-    return y0, x0, y0 + height, x0 + width
+def sample_boxes(rng: np.random.Generator, scales: NDArray[np.float64], aspect: Range) -> Boxes:
+    """Boxes (N, 4) of random area and shape at random places (the draw of RandomResizedCrop).
+
+    scales  (N, 2) range of the area; area and shape are drawn together up to ten times until the box fits
+    """
+    draws = rng.random((len(scales), SHAPE_TRIES, 2))
+    log_area = np.log(scales[:, :1] + draws[..., 0] * (scales[:, 1:] - scales[:, :1]))
+    log_low, log_high = np.log(aspect)
+    log_ratio = log_low + draws[..., 1] * (log_high - log_low)
+    fits = np.abs(log_ratio) <= -log_area
+    row, first = np.arange(len(scales)), fits.argmax(1)
+    any_fits = fits[row, first]
+    log_area = np.where(any_fits, log_area[row, first], np.log(scales[:, 1]))
+    log_ratio = np.where(any_fits, log_ratio[row, first], 0.0)
+    sides = np.minimum(np.exp(np.stack([log_area - log_ratio, log_area + log_ratio], 1) / 2), 1.0)
+    corner = rng.random((len(scales), 2)) * (1 - sides)
+    return np.concatenate([corner, corner + sides], 1)
+
+
+def sample_intensity(
+    rng: np.random.Generator, intensity: Intensity, num: int
+) -> list[tuple[float, float, float, float, float, int, Range | None]]:
+    """Changes of `num` crops: gain, offset, gamma, noise, blur, seed of the noise, window."""
+    draws = rng.random((num, 9))
+    gain, offset = 1 + intensity.gain * (2 * draws[:, 0] - 1), intensity.offset * (2 * draws[:, 1] - 1)
+    gamma, noise = np.exp(intensity.gamma * (2 * draws[:, 2] - 1)), intensity.noise * draws[:, 3]
+    sigma = BLUR_SIGMA[0] + draws[:, 5] * (BLUR_SIGMA[1] - BLUR_SIGMA[0])
+    blur = np.where(draws[:, 4] < intensity.blur, sigma, 0.0)
+    windows: list[Range | None] = [None] * num
+    for number in np.flatnonzero(draws[:, 6] < intensity.window).tolist():
+        level, width = intensity.windows_hu[int(rng.integers(len(intensity.windows_hu)))]
+        level, width = level + width * 0.1 * (2 * draws[number, 7] - 1), width * (0.8 + 0.4 * draws[number, 8])
+        windows[number] = float(level - width / 2), float(level + width / 2)
+    seeds = rng.integers(2**31, size=num)
+    return list(zip(*(a.tolist() for a in (gain, offset, gamma, noise, blur, seeds)), windows))
 
 
 def anatomy_in_crop(center: tuple[float, float], box: Box, flip: bool) -> tuple[float, float]:
@@ -175,7 +189,7 @@ def sample_points(
     y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
     inside = np.outer((y > low[0]) & (y < high[0]), (x > low[1]) & (x < high[1]))
     weight = (grid * inside).ravel().astype(np.float64)
-    if weight.sum() == 0:
+    if count == 0 or weight.sum() == 0:
         return points
     cells = rng.choice(grid.size, count, p=weight / weight.sum())
     place = np.stack([cells // columns, cells % columns], 1) + rng.random((count, 2))
@@ -186,81 +200,3 @@ def sample_points(
         if view.flip:
             out[:, 1] = 1 - out[:, 1]
     return points
-
-
-def mask_counts(num_crops: int, num_patches: int, spec: ViewSpec, rng: np.random.Generator) -> list[int]:
-    """How many patches to hide in each global crop of a batch; the sum is the same at every step.
-
-    ⌊num_crops · mask_probability⌋ crops are masked; the k-th of n gets ⌊N · (low + (high − low)·k/n)⌋ patches, the upper
-    edge of its stratum (DINOv3), and crops are shuffled. 128 crops of 16×16 patches hide 4,941 in all.
-    """
-    num_masked = int(num_crops * spec.mask_probability)
-    edges = np.linspace(*spec.mask_ratio, num_masked + 1)[1:]
-    counts = [int(num_patches * edge) for edge in edges] + [0] * (num_crops - num_masked)
-    return [int(c) for c in rng.permutation(counts)]
-
-
-def sample_block_mask(
-    rng: np.random.Generator,
-    grid: tuple[int, int],
-    count: int,
-    center: tuple[float, float] | None = None,
-    sigma: float = 0.25,
-) -> Mask:
-    """Hide exactly `count` patches, in blocks, topped up by single patches.
-
-    grid     (rows, columns) of patches
-    center   (y, x) in fractions of the crop around which blocks fall (Gaussian, `sigma` in the same unit); None places
-             them uniformly, as DINOv2 does
-    """
-    rows, columns = grid
-    if not 0 <= count <= rows * columns:
-        raise ValueError(f"cannot hide {count} of {rows * columns} patches")
-    mask = np.zeros(grid, bool)
-    while (left := count - int(mask.sum())) > 0:
-        block = _find_block(rng, mask, left, center, sigma)
-        if block is None:
-            break
-        mask[block] = True
-    missing = count - int(mask.sum())
-    if missing:
-        free = np.flatnonzero(~mask)
-        chosen = rng.choice(free, missing, replace=False, p=_prior(grid, free, center, sigma))
-        mask.flat[chosen] = True
-    return mask
-
-
-def _find_block(
-    rng: np.random.Generator, mask: Mask, left: int, center: tuple[float, float] | None, sigma: float
-) -> tuple[slice, slice] | None:
-    """A block that hides at least one and at most `left` more patches, or None after ten tries."""
-    rows, columns = mask.shape
-    for _ in range(BLOCK_TRIES):
-        area = rng.uniform(MIN_BLOCK, max(left, MIN_BLOCK))
-        aspect = np.exp(rng.uniform(*np.log(BLOCK_ASPECT)))
-        height, width = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        if not (0 < height <= rows and 0 < width <= columns):
-            continue
-        if center is None:
-            top, start = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
-        else:
-            y, x = rng.normal(center, sigma)
-            top = int(np.clip(round(y * rows - height / 2), 0, rows - height))
-            start = int(np.clip(round(x * columns - width / 2), 0, columns - width))
-        block = slice(top, top + height), slice(start, start + width)
-        if 0 < height * width - int(mask[block].sum()) <= left:
-            return block
-    return None
-
-
-def _prior(
-    grid: tuple[int, int], free: NDArray[np.intp], center: tuple[float, float] | None, sigma: float
-) -> NDArray[np.float64] | None:
-    """Chance of each free patch under the Gaussian, floored so that a far anatomy still leaves a choice."""
-    if center is None:
-        return None
-    y = (free // grid[1] + 0.5) / grid[0] - center[0]
-    x = (free % grid[1] + 0.5) / grid[1] - center[1]
-    weight = np.maximum(np.exp(-(y**2 + x**2) / (2 * sigma**2)), 1e-6)
-    out: NDArray[np.float64] = weight / weight.sum()
-    return out

@@ -255,8 +255,12 @@ class Store:
         returns  pixels (Y, X) float32 in the volume's unit; its content
         """
         row = self.row(key)
-        pixels = restore(self._read(key, z), row.slope, row.intercept).astype(np.float32, copy=False)
-        return pixels, SliceContent(unpack_cells(open_volume(self.root, key)[1], z))
+        stored, content = self.read_stored_slice(key, z)
+        return restore(stored, row.slope, row.intercept).astype(np.float32, copy=False), content
+
+    def read_stored_slice(self, key: str, z: int) -> tuple[NDArray[np.int16], SliceContent]:
+        """The stored numbers (Y, X) of one slice, and what is known of it."""
+        return self._read(key, z), SliceContent(unpack_cells(open_volume(self.root, key)[1], z))
 
     def _read(self, key: str, where: Any) -> NDArray[np.int16]:
         array, _ = open_volume(self.root, key)
