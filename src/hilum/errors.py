@@ -69,6 +69,10 @@ class TrainingDiverged(HilumError):
     """The loss stayed non-finite; the last good checkpoint is kept."""
 
 
+class RankLost(HilumError):
+    """Another process of the same run has ended; its own message says why."""
+
+
 class DiskFull(HilumError):
     """No space left where we write. What was finished before is whole."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hilum.encode.vit import Tokens, ViT
+from hilum.pretrain import ranks
 from hilum.pretrain.loader import Batch
 from hilum.pretrain.losses import centred_softmax, dino_loss, ibot_loss, invariance, koleo, sigreg, sinkhorn_knopp
 from hilum.pretrain.recipe import Objective, Recipe
@@ -115,7 +116,7 @@ class Learner(nn.Module):
 
     def _distil(self, batch: Batch, step: int) -> StepResult:
         """DINO on class tokens, iBOT on hidden patches, a regulariser on the student's global class tokens."""
-        objective, num_slices = self.recipe.objective, self.recipe.run.batch_size
+        objective, num_slices = self.recipe.objective, batch.num_slices
         num_global = self.recipe.views.num_global
         tokens = self._encode(self.student, batch, step, batch.masks)
         logits, bottleneck = self.student["dino_head"](torch.cat([t.cls for t in tokens]))
@@ -149,7 +150,7 @@ class Learner(nn.Module):
 
         Masked global crops are views like others, so the guided masks make the task harder where the anatomy is.
         """
-        objective, num_slices = self.recipe.objective, self.recipe.run.batch_size
+        objective, num_slices = self.recipe.objective, batch.num_slices
         num_global = self.recipe.views.num_global
         tokens = self._encode(self.student, batch, step, batch.masks)
         projected = self.student["projector"](torch.cat([t.cls for t in tokens])).view(
@@ -216,6 +217,6 @@ class Learner(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher ← m·teacher + (1 − m)·student, after the optimiser's step, with the updated student (DINO)."""
-        ours: list[Tensor] = list(self.teacher.parameters())
-        theirs: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        torch._foreach_lerp_(
+            ranks.local(self.teacher.parameters()), ranks.local(self.student.parameters()), 1 - momentum
+        )

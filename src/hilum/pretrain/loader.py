@@ -60,6 +60,10 @@ class Batch:
     foreground: float
     num_rejected: float
 
+    @property
+    def num_slices(self) -> int:
+        return self.points.shape[1]
+
     def to(self, device: torch.device) -> "Batch":
         tensors = {n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
@@ -161,5 +165,5 @@ def batches(slices: Slices, start: int) -> Generator[Batch, None, None]:
 def _ignore_signals(_: int) -> None:
     """Ctrl-C, `timeout` and batch systems signal every process of a run. Only the loop acts on it: it still needs these
     workers, and ends them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

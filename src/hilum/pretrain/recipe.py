@@ -140,7 +140,10 @@ class Optimiser:
 class Run:
     """How long and how.
 
-    batch_size         slices a step
+    batch_size         slices a step, over all ranks and micro-batches
+    accumulate         micro-batches a step. What couples samples (Sinkhorn, SigReg, KoLeo, BatchNorm) couples those of one
+                       micro-batch on all ranks, so the number of ranks changes no result and this setting does
+    parallel           "ddp": every rank has the whole model; "fsdp": weights, gradients and moments are shared out
     precision          "bf16": autocast with fp32 weights, losses in fp32; "fp32"
     checkpoint_every   steps between checkpoints; at most so many are lost to a kill
     num_workers        processes that draw and render views; 0 does it in the training process
@@ -148,11 +151,19 @@ class Run:
 
     steps: int = 125_000
     batch_size: int = 64
+    accumulate: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     checkpoint_every: int = 500
     health_every: int = 25
     num_workers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise UsageError(
+                f"run.batch_size {self.batch_size} must be a multiple of run.accumulate; found {self.accumulate}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +192,6 @@ class Recipe:
     def hash(self) -> str:
         """Names what the run yields; settings of `run` that only say how the work is done are left out."""
         values = to_dict(self)
-        for name in ("num_workers", "checkpoint_every", "health_every"):
+        for name in ("parallel", "num_workers", "checkpoint_every", "health_every"):
             del values["run"][name]
         return hash_json(values)
