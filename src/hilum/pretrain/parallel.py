@@ -74,14 +74,20 @@ class Replica:
 
     def __init__(self, learner: Learner, run: Run) -> None:
         self.learner = learner
-        self._module: nn.Module = _Forward(learner)
+        self._module: nn.Module = _Forward(learner).to(next(learner.parameters()).device)
         self._sharded = run.parallel == "fsdp" and ranks.num_ranks() > 1
+        for parameter in learner.parameters():
+            parameter.requires_grad_(
+                parameter.requires_grad and parameter.numel() > 0
+            )  # no registers, nothing to share
         if self._sharded:
             _shard(learner)
         elif ranks.num_ranks() > 1:
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
             self._module = nn.parallel.DistributedDataParallel(
-                self._module, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+                self._module, find_unused_parameters=True, gradient_as_bucket_view=True
+            )
+            self._module.broadcast_buffers = (
+                False  # all ranks compute the same; the argument's name depends on torch's version
             )
 
     def forward(self, batch: Batch, step: int) -> StepResult:
@@ -111,6 +117,7 @@ class _Forward(nn.Module):
     def __init__(self, learner: Learner) -> None:
         super().__init__()
         self.learner = learner
+        self.unused = nn.Parameter(torch.zeros(1))  # torch prints advice when it looks for such and finds none
 
     def forward(self, batch: Batch, step: int) -> StepResult:
         result: StepResult = self.learner(batch, step)
@@ -122,12 +129,15 @@ def _shard(learner: Learner) -> None:
     head; the learner is the root. In fp32, as the same numbers as plain data parallelism are worth the traffic."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # Nothing here changes a block's output in place, which this warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
+    empty = {parameter for parameter in learner.parameters() if not parameter.numel()}
     for side in (learner.student, learner.teacher):
         for module in side.values():
             if isinstance(module, ViT):
                 for block in module.blocks:
                     fully_shard(block)
-            fully_shard(module)
+            fully_shard(module, ignored_params=empty)
             if isinstance(module, ViT):
                 register_fsdp_forward_method(module, "encode_crops")
-    fully_shard(learner)
+    fully_shard(learner, ignored_params=empty)
