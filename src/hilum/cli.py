@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -179,7 +180,8 @@ def pretrain(
     chosen = override(load_recipe(recipe), changes)
     with Reporter(quiet) as progress:
         record = run(chosen, data, out, device=device, progress=progress)
-    _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
 
 
 @app.command()

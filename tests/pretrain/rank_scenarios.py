@@ -17,6 +17,7 @@ from torch import distributed as dist
 from hilum.errors import HilumError
 from hilum.pretrain import checkpoint, loop
 from hilum.pretrain.distill import StepResult
+from hilum.pretrain.losses import koleo, sigreg, sinkhorn_knopp
 from hilum.pretrain.recipe import Recipe
 
 
@@ -104,3 +105,23 @@ def train_and_fail(store: Path, recipe: Recipe, out: Path) -> None:
 
     loop._forward = forward
     loop.pretrain(recipe, store, out)
+
+
+def lose(out: Path) -> None:
+    """Losses of this rank's rows of one batch: values, and gradients with respect to the rows."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.save(loss_values(rank, world), out / f"{rank}-of-{world}.pt")
+
+
+def loss_values(rank: int, world: int) -> dict[str, torch.Tensor]:
+    """SigReg, KoLeo and Sinkhorn-Knopp of rows rank, rank + 1, … of `world` equal parts of 16 rows, in float64."""
+    rows = torch.randn(16, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).chunk(world)[rank]
+    found = {}
+    losses = {"sigreg": lambda z: sigreg(z, 8, torch.Generator().manual_seed(2)), "koleo": koleo}
+    for name, loss in losses.items():
+        z = rows.clone().requires_grad_()
+        value = loss(z)
+        value.backward()
+        assert z.grad is not None
+        found |= {name: value.detach(), f"{name} gradient": z.grad / world}  # training averages gradients over ranks
+    return found | {"sinkhorn": sinkhorn_knopp(rows, 0.5)}
