@@ -301,8 +301,8 @@ def test_torchrun_is_stopped_and_goes_on(store_path, tmp_path):
         [*command, "--set", "run.num_workers=0"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("encoder mine after 400 steps") == 1
-    assert [line["step"] for line in numbers(out)] == list(range(400))
+    assert done.stdout.count("encoder mine after 60 steps") == 1
+    assert [line["step"] for line in numbers(out)] == list(range(60))
 
 
 RECIPE = """
@@ -320,8 +320,8 @@ hidden = 32
 projector_dim = 8
 sigreg_slices = 32
 [run]
-steps = 400
+steps = 60
 batch_size = 4
 precision = "fp32"
-checkpoint_every = 20
+checkpoint_every = 5
 """
