@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hilum.encode.vit import Attention, FeedForward, ViT, ViTConfig, add_residual, make_rotation, rotate
+from hilum.encode.vit import (
+    Attention,
+    FeedForward,
+    LayerScale,
+    ViT,
+    ViTConfig,
+    add_residual,
+    make_rotation,
+    rotate,
+    sample_kept,
+)
 from hilum.errors import UsageError
 
 
@@ -87,7 +97,7 @@ def test_attention_equals_explicit_sums(num_tokens):
     torch.manual_seed(0)
     module = Attention(6, 3).double()
     x = torch.randn(2, num_tokens, 6, dtype=torch.float64)
-    found = module(x.flatten(0, 1), [(2, num_tokens)], [None]).view(2, num_tokens, 6)
+    found = module(x.flatten(0, 1), [(2, num_tokens)], [None], LayerScale(6, 0.0)).view(2, num_tokens, 6)
     queries = [0, 2, num_tokens - 1]
     for b in range(2):
         torch.testing.assert_close(found[b, queries], slow_attention(module, x[b], queries), rtol=1e-9, atol=1e-12)
@@ -96,13 +106,18 @@ def test_attention_equals_explicit_sums(num_tokens):
 def test_feed_forward_kinds():
     torch.manual_seed(0)
     x = torch.randn(3, 4)
-    gated, plain = FeedForward(4, 5, "swiglu"), FeedForward(4, 5, "mlp")
+    gated, plain, scale = FeedForward(4, 5, "swiglu"), FeedForward(4, 5, "mlp"), LayerScale(4, 0.5)
+    assert scale.gamma is not None
+    scale.gamma.data *= torch.tensor([1, 2, 3, 4])
+    as_is = LayerScale(4, 0.0)
     h = x @ gated.fc1.weight.T + gated.fc1.bias
     a, b = h[:, :5], h[:, 5:]
-    torch.testing.assert_close(gated(x), (a / (1 + torch.exp(-a)) * b) @ gated.fc2.weight.T + gated.fc2.bias)
+    wanted = (a / (1 + torch.exp(-a)) * b) @ gated.fc2.weight.T + gated.fc2.bias
+    torch.testing.assert_close(gated(x, as_is), wanted)
+    torch.testing.assert_close(gated(x, scale), scale.gamma * wanted)
     h = x @ plain.fc1.weight.T + plain.fc1.bias
     gelu = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    torch.testing.assert_close(plain(x), gelu @ plain.fc2.weight.T + plain.fc2.bias)
+    torch.testing.assert_close(plain(x, as_is), gelu @ plain.fc2.weight.T + plain.fc2.bias)
 
 
 def test_patch_embedding_cuts_patches_in_c_order():
@@ -171,7 +186,7 @@ def test_crops_do_not_see_one_another():
 
 def test_no_drop_path_adds_the_whole_branch():
     xs = [images(3, 4, 2), images(5, 2, 2, seed=1)]
-    found = add_residual(xs, lambda x, shapes: 3 * x, 0.0, None)
+    found = add_residual(xs, lambda x, shapes: 3 * x, None)
     assert all(torch.equal(f, x + 3 * x) for f, x in zip(found, xs))
 
 
@@ -194,7 +209,8 @@ def test_drop_path_keeps_exactly_so_many_samples(num, rate, kept):
         seen.append(tuple(shapes))
         return torch.ones_like(rows)
 
-    found = add_residual([x], branch, rate, torch.Generator().manual_seed(0))[0]
+    [subset] = sample_kept([num], rate, 1, torch.Generator().manual_seed(0), torch.device("cpu"))
+    found = add_residual([x], branch, subset)[0]
     added = found - x
     touched = added.abs().amax((1, 2)) > 0
     assert int(touched.sum()) == kept
@@ -209,7 +225,8 @@ def test_drop_path_averages_to_the_full_residual():
     num_draws = 1500
     total = [torch.zeros_like(x) for x in xs]
     for _ in range(num_draws):
-        for t, out in zip(total, add_residual(xs, lambda x, shapes: x**2 + 1, 0.4, generator)):
+        [subsets] = sample_kept([5, 4], 0.4, 1, generator, torch.device("cpu"))
+        for t, out in zip(total, add_residual(xs, lambda x, shapes: x**2 + 1, subsets)):
             t += out
     for t, x in zip(total, xs):
         full = x**2 + 1

@@ -159,12 +159,12 @@ def test_the_first_teacher_is_an_average_with_the_updated_student():
     start = {name: p.clone() for name, p in learner.teacher.named_parameters()}
     for parameter in learner.student.parameters():
         parameter.data += 0.5
-    learner.update_teacher(0.992)
+    learner.update_teacher(0.992, 0)
     for name, parameter in learner.teacher.named_parameters():
         updated = start[name] + 0.5
         torch.testing.assert_close(parameter, 0.992 * start[name] + 0.008 * updated, rtol=1e-5, atol=1e-6)
     kept = {name: p.clone() for name, p in learner.teacher.named_parameters()}
-    learner.update_teacher(1.0)
+    learner.update_teacher(1.0, 0)
     assert all(torch.equal(p, kept[name]) for name, p in learner.teacher.named_parameters())
 
 

@@ -17,7 +17,8 @@ from torch import distributed as dist
 from hilum.errors import HilumError
 from hilum.pretrain import checkpoint, loop
 from hilum.pretrain.distill import StepResult
-from hilum.pretrain.losses import koleo, sigreg, sinkhorn_knopp
+from hilum.pretrain.losses import koleo, sigreg
+from hilum.pretrain.prototypes import sinkhorn_knopp
 from hilum.pretrain.recipe import Recipe
 
 
@@ -124,4 +125,6 @@ def loss_values(rank: int, world: int) -> dict[str, torch.Tensor]:
         value.backward()
         assert z.grad is not None
         found |= {name: value.detach(), f"{name} gradient": z.grad / world}  # training averages gradients over ranks
-    return found | {"sinkhorn": sinkhorn_knopp(rows, 0.5)}
+    prototypes = torch.nn.functional.normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).double())
+    targets = sinkhorn_knopp(torch.nn.functional.normalize(rows), prototypes, 0.5)
+    return found | {"sinkhorn": targets.rows(slice(None))}

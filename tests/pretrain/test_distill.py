@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from hilum.archive.store.store import Store
-from hilum.pretrain.distill import Learner, make_mlp, step_generator
+from hilum.pretrain.distill import Learner, step_generator
+from hilum.pretrain.heads import make_mlp
 from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices
 from hilum.pretrain.loop import contract_of
-from hilum.pretrain.losses import centred_softmax, dino_loss, ibot_loss, invariance, koleo, sigreg, sinkhorn_knopp
+from hilum.pretrain.losses import invariance, koleo, sigreg
+from hilum.pretrain.prototypes import centred_softmax, dino_loss, ibot_loss, sinkhorn_knopp
 from hilum.pretrain.recipe import Recipe
 
 
@@ -24,10 +26,10 @@ def make(recipe: Recipe, store_path) -> tuple[Learner, Batch]:
     return learner, Slices(Store(store_path), recipe, contract_of(recipe))[0]
 
 
-def prototype_logits(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def through(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     bottleneck = head.mlp(x)
     unit = bottleneck / bottleneck.norm(dim=-1, keepdim=True)
-    return unit @ (head.prototypes / head.prototypes.norm(dim=-1, keepdim=True)).T, bottleneck
+    return unit, head.prototypes / head.prototypes.norm(dim=-1, keepdim=True), bottleneck
 
 
 @pytest.mark.parametrize("name", ["dino, sinkhorn", "dino, ema"])
@@ -42,21 +44,22 @@ def test_dino_step_from_its_parts(small, store_path, name):
         tokens = learner.student["backbone"].encode_crops([batch.globals, batch.locals], [batch.masks, None])
         seen = learner.teacher["backbone"](batch.globals)  # unmasked
         views = torch.cat([tokens[0].cls, tokens[1].cls])
-        logits, bottleneck = prototype_logits(learner.student["dino_head"], views)
-        hidden, _ = prototype_logits(learner.student["ibot_head"], tokens[0].patches[batch.masks])
-        teacher_logits, _ = prototype_logits(learner.teacher["dino_head"], seen.cls)
-        teacher_hidden, _ = prototype_logits(learner.teacher["ibot_head"], seen.patches[batch.masks])
+        unit, prototypes, bottleneck = through(learner.student["dino_head"], views)
+        hidden, hidden_prototypes, _ = through(learner.student["ibot_head"], tokens[0].patches[batch.masks])
         temperature = 0.04 + 0.03 * 6 / (0.3 * 20)
+        asked = {
+            "dino": through(learner.teacher["dino_head"], seen.cls)[:2],
+            "ibot": through(learner.teacher["ibot_head"], seen.patches[batch.masks])[:2],
+        }
         if objective.centring == "sinkhorn":
-            targets, hidden_targets = (sinkhorn_knopp(t, temperature) for t in (teacher_logits, teacher_hidden))
+            targets = {name: sinkhorn_knopp(*given, temperature) for name, given in asked.items()}
         else:
             zero = torch.zeros(objective.prototypes)
-            targets, hidden_targets = (centred_softmax(t, zero, temperature) for t in (teacher_logits, teacher_hidden))
-            torch.testing.assert_close(learner.dino_center, 0.1 * teacher_logits.mean(0))
-            torch.testing.assert_close(learner.ibot_center, 0.1 * teacher_hidden.mean(0))
-        k = objective.prototypes
-        dino = dino_loss(logits.view(4, 4, k), targets.view(2, 4, k), 0.1)
-        ibot = ibot_loss(hidden, hidden_targets, batch.masks, 0.1)
+            targets = {name: centred_softmax(*given, zero, temperature) for name, given in asked.items()}
+            for name, (x, p) in asked.items():
+                torch.testing.assert_close(getattr(learner, f"{name}_center"), 0.1 * (x @ p.T).mean(0))
+        dino = dino_loss(unit, prototypes, targets["dino"].rows(slice(None)).view(2, 4, -1), 4, 0.1)
+        ibot = ibot_loss(hidden, hidden_prototypes, targets["ibot"], batch.masks, 0.1)
         if objective.regulariser == "koleo":
             regulariser = koleo(bottleneck[:4]) + koleo(bottleneck[4:8])
         else:
@@ -185,3 +188,78 @@ def test_rank_is_that_of_rankme():
     columns = torch.stack([signs.roll(5 * n) for n in range(3)], 1)
     columns = torch.linalg.qr(columns - columns.mean(0))[0]
     assert feature_health(columns @ basis[:3])["rank"] == pytest.approx(3, abs=0.01)
+
+
+# ---- hand-over, Gram anchoring, less memory
+
+
+def test_the_hand_over_changes_what_is_learned(small, store_path):
+    """LeJEPA in the first half, DINO + iBOT in the second, whose temperature warms up from there; one set of heads at a time
+    learns."""
+    base = small["dino, sinkhorn"]
+    recipe = replace(base, objective=replace(base.objective, handover=0.5, projector_dim=8, patch_weight=0.5))
+    learner, batch = make(recipe, store_path)
+    assert recipe.handover_step == 10
+    for step, named, idle in ((9, "invariance", "dino_head"), (10, "dino", "projector")):
+        learner.zero_grad()
+        result = learner(batch, step)
+        result.loss.backward()
+        assert named in result.parts
+        assert all(p.grad is None for p in learner.student[idle].parameters())
+        assert all(p.grad is not None for p in learner.student["backbone"].blocks.parameters())
+    assert learner.teacher_temperature(10) == 0.04
+    assert learner.teacher_temperature(13) == pytest.approx(0.07)
+
+
+def test_gram_anchoring_from_its_parts(small, store_path):
+    """From `gram_start` on the anchor is the teacher of that step; it sees larger crops, and its map is brought to ours."""
+    base = small["lejepa"]
+    base = replace(base, model=replace(base.model, drop_path=0.0))
+    recipe = replace(base, objective=replace(base.objective, gram_weight=2.0, gram_start=0.5, gram_px=64))
+    learner, batch = make(recipe, store_path)
+    batch = replace(batch, gram=torch.randn(8, 1, 64, 64))
+    assert "gram" not in learner(batch, 9).parts
+    learner.update_teacher(1.0, 9)
+    assert all(torch.equal(a, b) for a, b in zip(learner.gram.parameters(), learner.teacher_backbone().parameters()))
+    result = learner(batch, 10)
+    with torch.no_grad():
+        ours = learner.student["backbone"].encode_crops([batch.globals, batch.locals], [batch.masks, None])[0].patches
+        maps = learner.gram(batch.gram).patches.transpose(1, 2).reshape(8, -1, 8, 8)
+        theirs = nn.functional.interpolate(maps, (4, 4), mode="bicubic").flatten(2).transpose(1, 2)
+        a, b = nn.functional.normalize(ours, dim=-1), nn.functional.normalize(theirs, dim=-1)
+        wanted = (a @ a.mT - b @ b.mT).square().mean()
+    torch.testing.assert_close(result.parts["gram"].detach(), wanted, rtol=1e-4, atol=1e-6)
+    plain = replace(recipe, objective=replace(recipe.objective, gram_weight=0.0))
+    learner.recipe = plain
+    torch.testing.assert_close(result.loss - learner(batch, 10).loss, 2 * result.parts["gram"], rtol=1e-3, atol=1e-6)
+
+
+def test_anchors_are_renewed_at_most_three_times(small):
+    recipe = small["lejepa"]
+    plan = replace(recipe.objective, gram_weight=1.0, gram_start=0.5, gram_refresh=0.1)
+    assert replace(recipe, objective=plan).gram_steps == [10, 12, 14, 16]
+    assert replace(recipe, objective=replace(plan, gram_refresh=0.0)).gram_steps == [10]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "recompute",
+        pytest.param(
+            "compile",  # needs a C++ compiler, and most of a minute
+            marks=[pytest.mark.nightly, pytest.mark.filterwarnings("ignore")],
+        ),
+    ],
+)
+def test_recomputed_and_compiled_blocks_yield_the_same_gradients(small, store_path, setting):
+    """With drop path, whose subsets must be the same when a block is computed again."""
+    recipe = small["dino, sinkhorn"]
+    gradients = []
+    for chosen in (False, True):
+        learner, batch = make(replace(recipe, run=replace(recipe.run, **{setting: chosen})), store_path)
+        result = learner(batch, 3)
+        result.loss.backward()
+        gradients.append([p.grad.clone() for p in learner.student.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for plain, other in zip(*gradients):
+        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-6)

@@ -8,7 +8,7 @@ pass. Attention is torch's own.
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from hilum.errors import UsageError
 
@@ -41,6 +42,8 @@ class ViTConfig:
                    "rotary": axial rotary embedding of DINOv3 (base 100, coordinates in [-1, 1])
     layer_scale    initial LayerScale (Touvron 2021); 0 leaves it out
     drop_path      share of samples whose residual branch is skipped in training, the same at every depth
+    rope_rescale   in training, rotary coordinates are scaled by a log-uniform factor in [1/this, this], one a step for all
+                   crops and blocks (DINOv3 draws 1/2 to 2, anew in each block); 1 leaves them
     """
 
     size: str = "base"
@@ -51,6 +54,7 @@ class ViTConfig:
     num_registers: int = 0
     layer_scale: float = 1e-5
     drop_path: float = 0.0
+    rope_rescale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:
@@ -73,6 +77,8 @@ class Tokens(NamedTuple):
     patches: Tensor
 
 
+Shapes = Sequence[tuple[int, int]]  # (samples, tokens) of each crop size in a packed (T, D)
+Kept = list[Tensor] | None  # sample numbers of each crop size
 SHORT_SEQUENCE = 128  # tokens
 
 
@@ -83,6 +89,22 @@ def _short_attention(num_tokens: int, device: torch.device) -> contextlib.Abstra
     return contextlib.nullcontext()
 
 
+class LayerScale(nn.Module):
+    """A factor for each channel of a branch (Touvron 2021), folded into the branch's last linear layer: one pass over the
+    tokens less, forward and backward. Without an initial value it is the identity and has no parameter."""
+
+    def __init__(self, width: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial)) if initial else None
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        """gamma · layer(x)"""
+        if self.gamma is None:
+            out: Tensor = layer(x)
+            return out
+        return functional.linear(x, layer.weight * self.gamma[:, None], layer.bias * self.gamma)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -90,7 +112,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, shapes: Sequence[tuple[int, int]], rotations: Sequence[Tensor | None]) -> Tensor:
+    def forward(self, x_TD: Tensor, shapes: Shapes, rotations: Sequence[Tensor | None], scale: LayerScale) -> Tensor:
         qkv = self.qkv(x_TD)
         outs, start = [], 0
         for (b, n), rotation in zip(shapes, rotations):
@@ -102,8 +124,7 @@ class Attention(nn.Module):
                 out = functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND)
             outs.append(out.transpose(1, 2).reshape(b * n, -1))
             start += b * n
-        projected: Tensor = self.proj(torch.cat(outs))
-        return projected
+        return scale.linear(torch.cat(outs), self.proj)
 
 
 class FeedForward(nn.Module):
@@ -115,24 +136,14 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(width, 2 * hidden if self.gated else hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: LayerScale) -> Tensor:
         h = self.fc1(x)
         if self.gated:
             a, b = h.chunk(2, -1)
             h = functional.silu(a) * b
         else:
             h = functional.gelu(h)
-        out: Tensor = self.fc2(h)
-        return out
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int, initial: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), initial))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return scale.linear(h, self.fc2)
 
 
 class Block(nn.Module):
@@ -141,65 +152,60 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, _, heads, kind, hidden = SIZES[config.size]
-        self.drop_path = config.drop_path
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width, config.layer_scale) if config.layer_scale else nn.Identity()
+        self.ls1 = LayerScale(width, config.layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width, hidden, kind)
-        self.ls2 = LayerScale(width, config.layer_scale) if config.layer_scale else nn.Identity()
+        self.ls2 = LayerScale(width, config.layer_scale)
 
-    def forward(
-        self, xs: list[Tensor], rotations: Sequence[Tensor | None], generator: torch.Generator | None
-    ) -> list[Tensor]:
-        def attention(x_TD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-            out: Tensor = self.ls1(self.attn(self.norm1(x_TD), shapes, rotations))
-            return out
-
-        def feed_forward(x_TD: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-            out: Tensor = self.ls2(self.mlp(self.norm2(x_TD)))
-            return out
-
-        rate = self.drop_path if self.training else 0.0
-        xs = add_residual(xs, attention, rate, generator)
-        return add_residual(xs, feed_forward, rate, generator)
+    def forward(self, xs: list[Tensor], rotations: Sequence[Tensor | None], kept: Kept, kept_mlp: Kept) -> list[Tensor]:
+        """xs: crops of one size each, (B, N, D); kept, kept_mlp: which samples of each enter a branch, None for all."""
+        xs = add_residual(xs, lambda x, shapes: self.attn(self.norm1(x), shapes, rotations, self.ls1), kept)
+        return add_residual(xs, lambda x, _: self.mlp(self.norm2(x), self.ls2), kept_mlp)
 
 
-def add_residual(
-    xs: list[Tensor],
-    branch: "nn.Module | object",
-    rate: float,
-    generator: torch.Generator | None,
-) -> list[Tensor]:
-    """`x + branch(x)` for crops of several sizes, the branch computed on a random subset of samples.
+def add_residual(xs: list[Tensor], branch: Callable[[Tensor, Shapes], Tensor], kept: Kept) -> list[Tensor]:
+    """`x + branch(x)` for crops of several sizes laid end to end, the branch computed on some samples only.
 
-    xs      crops of one size each, (B, N, D)
-    rate    of each B samples, max(⌊B(1 − rate)⌋, 1) are kept; their branch counts B/kept-fold, so the expectation over
-            draws is the full residual (batch-subset stochastic depth, DINOv2)
+    xs       crops of one size each, (B, N, D)
+    branch   (T, D) and the (B, N) of each size → (T, D)
+    kept     samples of each size that enter; their branch counts B/kept-fold, so that over random subsets the expectation is
+             the full residual (batch-subset stochastic depth, DINOv2). None: all of them
     """
-    assert callable(branch)
-    if rate == 0.0:
-        out = branch(torch.cat([x.flatten(0, 1) for x in xs]), [(x.shape[0], x.shape[1]) for x in xs])
-        parts = out.split([x.shape[0] * x.shape[1] for x in xs])
-        return [x + part.view_as(x) for x, part in zip(xs, parts)]
-    kept = []
-    for x in xs:
-        num_kept = max(int(x.shape[0] * (1 - rate)), 1)
-        order = torch.randperm(x.shape[0], generator=generator)
-        kept.append(order[:num_kept].to(x.device))
-    subset = [x[index] for x, index in zip(xs, kept)]
-    out = branch(torch.cat([s.flatten(0, 1) for s in subset]), [(s.shape[0], s.shape[1]) for s in subset])
-    parts = out.split([s.shape[0] * s.shape[1] for s in subset])
+    inputs = xs if kept is None else [x[index] for x, index in zip(xs, kept)]
+    shapes = [(x.shape[0], x.shape[1]) for x in inputs]
+    out = branch(torch.cat([x.flatten(0, 1) for x in inputs]), shapes)
+    parts = [p.view(b, n, -1) for p, (b, n) in zip(out.split_with_sizes([b * n for b, n in shapes]), shapes)]
+    if kept is None:
+        return [x + part for x, part in zip(xs, parts)]
     return [
-        x.index_add(0, index, part.view(len(index), *x.shape[1:]).to(x.dtype), alpha=x.shape[0] / len(index))
-        for x, index, part in zip(xs, kept, parts)
+        x.index_add(0, index, part.to(x.dtype), alpha=len(x) / len(index)) for x, index, part in zip(xs, kept, parts)
     ]
 
 
-def make_rotation(grid: Sequence[int], head_dim: int, num_prefix: int, device: torch.device) -> Tensor:
+def sample_kept(
+    sizes: Sequence[int], rate: float, num_branches: int, generator: torch.Generator | None, device: torch.device
+) -> list[list[Tensor]]:
+    """For each branch and each crop size of B samples, max(⌊B(1 − rate)⌋, 1) of them at random."""
+    counts = [max(int(size * (1 - rate)), 1) for size in sizes]
+    drawn = [
+        torch.randperm(size, generator=generator)[:count]
+        for _ in range(num_branches)
+        for size, count in zip(sizes, counts)
+    ]
+    flat = torch.cat(drawn).to(device, non_blocking=True)  # one transfer
+    parts = flat.split_with_sizes(counts * num_branches)
+    return [list(parts[n * len(sizes) : (n + 1) * len(sizes)]) for n in range(num_branches)]
+
+
+def make_rotation(
+    grid: Sequence[int], head_dim: int, num_prefix: int, device: torch.device, rescale: float = 1.0
+) -> Tensor:
     """Cosines and sines that rotate queries and keys by their place in the grid.
 
     grid      patches along each axis
+    rescale   factor on all coordinates
     returns   (2, num_prefix + N, R): R = the largest multiple of 2·axes within head_dim; prefix tokens are not turned
 
     DINOv3: patch centres in [-1, 1] per axis, periods 100^(2i/(R/axes)), angle 2π·x/period; kept in fp32.
@@ -207,7 +213,7 @@ def make_rotation(grid: Sequence[int], head_dim: int, num_prefix: int, device: t
     periods = head_dim // (2 * len(grid))
     i = torch.arange(periods, dtype=torch.float32, device=device)
     period = 100.0 ** (i / periods)
-    lines = [(torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n * 2 - 1 for n in grid]
+    lines = [rescale * ((torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n * 2 - 1) for n in grid]
     points = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)  # (N, axes)
     angles = (2 * torch.pi * points[:, :, None] / period).flatten(1).repeat(1, 2)
     angles = functional.pad(angles, (0, 0, num_prefix, 0))
@@ -224,7 +230,12 @@ def rotate(x_BHND: Tensor, rotation: Tensor) -> Tensor:
 
 
 class ViT(nn.Module):
-    """The transformer. Call it with one image batch, or `encode_crops` with several sizes at once."""
+    """The transformer. Call it with one image batch, or `encode_crops` with several sizes at once.
+
+    recompute   in training, keep only the input of each block and compute the rest again in the backward pass
+    """
+
+    recompute = False
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -273,27 +284,40 @@ class ViT(nn.Module):
 
         crops      one batch a size, (B, C, …)
         masks      for each, None or (B, N) bool: those patches are replaced by the mask token
-        generator  CPU generator that draws which samples skip a branch (training with drop_path > 0)
+        generator  CPU generator of what training draws: samples that skip a branch, scale of rotary coordinates
         """
         embedded = [self._embed(images, mask) for images, mask in zip(crops, masks)]
         xs, grids = [e[0] for e in embedded], [e[1] for e in embedded]
-        rotations: list[Tensor | None] = [None] * len(xs)
-        if self.config.positions == "rotary":
-            rotations = [make_rotation(g, self.head_dim, self.num_prefix, x.device) for g, x in zip(grids, xs)]
-        for block in self.blocks:
-            xs = block(xs, rotations, generator)
+        rotations = self._rotations(grids, xs[0].device, generator)
+        rate = self.config.drop_path if self.training else 0.0
+        kept: Sequence[Kept] = [None] * (2 * len(self.blocks))
+        if rate:
+            kept = sample_kept([len(x) for x in xs], rate, 2 * len(self.blocks), generator, xs[0].device)
+        for number, block in enumerate(self.blocks):
+            arguments = (xs, rotations, *kept[2 * number : 2 * number + 2])
+            recompute = self.recompute and self.training
+            xs = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         out = []
         for x in xs:
             x = self.norm(x)
             out.append(Tokens(x[:, 0], x[:, 1 : self.num_prefix], x[:, self.num_prefix :]))
         return out
 
+    def _rotations(
+        self, grids: Sequence[tuple[int, ...]], device: torch.device, generator: torch.Generator | None
+    ) -> list[Tensor | None]:
+        if self.config.positions != "rotary":
+            return [None] * len(grids)
+        rescale = 1.0
+        if self.training and self.config.rope_rescale > 1:
+            rescale = self.config.rope_rescale ** (2 * float(torch.rand((), generator=generator)) - 1)
+        return [make_rotation(grid, self.head_dim, self.num_prefix, device, rescale) for grid in grids]
+
     def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
         if any(s % p for s, p in zip(images.shape[2:], self.config.patch)):
             raise UsageError(f"image sides {tuple(images.shape[2:])} are no multiples of the patch {self.config.patch}")
-        x = self.patch_embed(images)
-        grid = tuple(x.shape[2:])
-        x_BND = x.flatten(2).transpose(1, 2)
+        grid = tuple(s // p for s, p in zip(images.shape[2:], self.config.patch))
+        x_BND = self._project(images, grid)
         if mask is not None:
             x_BND = torch.where(mask[..., None], self.mask_token.to(x_BND.dtype), x_BND)
         cls = self.cls_token.expand(len(x_BND), -1, -1)
@@ -302,6 +326,14 @@ class ViT(nn.Module):
             x_BND = x_BND + self._positions(grid)
         registers = self.registers.expand(len(x_BND), -1, -1)
         return torch.cat([cls, registers, x_BND], 1), grid
+
+    def _project(self, images: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The patch embedding, (B, N, D): a convolution whose kernels do not overlap is a matrix product, which is faster."""
+        sides = [number for pair in zip(grid, self.config.patch) for number in pair]
+        axes = len(grid)
+        x = images.reshape(*images.shape[:2], *sides)  # (B, C, rows, py, columns, px)
+        x = x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)).flatten(1 + axes).flatten(1, axes)
+        return functional.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
     def _positions(self, grid: tuple[int, ...]) -> Tensor:
         """Learned positions on another grid: bicubic in 2D as transformers' DINOv2, trilinear in 3D; fp32."""

@@ -1,21 +1,24 @@
 """Student and teacher: a batch in, named losses out.
 
 Two objectives share the views, the student and the momentum teacher that is exported: DINO + iBOT against the teacher
-(DINOv2, Curia-2), and LeJEPA, where the student's views predict one another and no teacher is asked.
+(DINOv2, Curia-2), and LeJEPA, where the student's views predict one another and no teacher is asked. A run may begin with the
+second and hand over to the first.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hilum.encode.vit import Tokens, ViT
-from hilum.pretrain import ranks
+from hilum.pretrain.heads import PrototypeHead, make_mlp
 from hilum.pretrain.loader import Batch
-from hilum.pretrain.losses import centred_softmax, dino_loss, ibot_loss, invariance, koleo, sigreg, sinkhorn_knopp
-from hilum.pretrain.recipe import Objective, Recipe
+from hilum.pretrain.losses import gram_loss, invariance, koleo, sigreg
+from hilum.pretrain.prototypes import Assignments, centred_softmax, dino_loss, ibot_loss, mean_logits, sinkhorn_knopp
+from hilum.pretrain.ranks import all_sum, local, num_ranks
+from hilum.pretrain.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -37,42 +40,8 @@ def step_generator(seed: int, step: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 8 + purpose)
 
 
-class PrototypeHead(nn.Module):
-    """Three linear layers, unit length, then cosine with K prototypes (DINO).
-
-    The prototypes are kept at unit length: DINO's norm_last_layer, which DINOv2's trained weight norm approximates.
-    """
-
-    def __init__(self, width: int, objective: Objective) -> None:
-        super().__init__()
-        self.mlp = make_mlp(width, objective.hidden, objective.bottleneck, objective.batch_norm)
-        self.prototypes = nn.Parameter(torch.empty(objective.prototypes, objective.bottleneck))
-        nn.init.trunc_normal_(self.prototypes, std=0.02)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, D) → logits (…, K) and the bottleneck (…, d) before it is normalised."""
-        bottleneck = self.mlp(x)
-        unit = functional.normalize(bottleneck.float(), dim=-1, eps=1e-6)
-        logits = functional.linear(unit, functional.normalize(self.prototypes, dim=-1))
-        return logits, bottleneck
-
-
-def make_mlp(width: int, hidden: int, out: int, batch_norm: bool) -> nn.Sequential:
-    """Linear-GELU-Linear-GELU-Linear; with BatchNorm it keeps torch's initialisation, else DINOv2's (.02)."""
-    layers: list[nn.Module] = []
-    for a, b in ((width, hidden), (hidden, hidden)):
-        layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if batch_norm else []), nn.GELU()]
-    layers.append(nn.Linear(hidden, out))
-    if not batch_norm:
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
-
-
 class Learner(nn.Module):
-    """Everything that trains: `student` (backbone and heads) and its momentum copy `teacher`."""
+    """Everything that trains: `student` (backbone and heads) and its momentum copy `teacher`; `gram`, an early teacher."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -80,88 +49,114 @@ class Learner(nn.Module):
         self.student = self._make_side()
         self.teacher = self._make_side().requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
+        if recipe.objective.gram_weight:
+            self.gram = ViT(recipe.model).requires_grad_(False)
+            self.gram.load_state_dict(self.student["backbone"].state_dict())
         if recipe.objective.kind == "dino":
-            k = recipe.objective.prototypes
-            self.register_buffer("dino_center", torch.zeros(k))
-            self.register_buffer("ibot_center", torch.zeros(k))
+            self.register_buffer("dino_center", torch.zeros(recipe.objective.prototypes))
+            self.register_buffer("ibot_center", torch.zeros(recipe.objective.prototypes))
+        self.student_backbone().recompute = recipe.run.recompute
+        if recipe.run.compile:
+            for block in (*self.student_backbone().blocks, *self.teacher_backbone().blocks):
+                block.compile(dynamic=False)
 
     def _make_side(self) -> nn.ModuleDict:
         backbone, objective = ViT(self.recipe.model), self.recipe.objective
-        if objective.kind == "dino":
-            heads = {name: PrototypeHead(backbone.width, objective) for name in ("dino_head", "ibot_head")}
-            return nn.ModuleDict({"backbone": backbone, **heads})
         side = nn.ModuleDict({"backbone": backbone})
-        side["projector"] = make_mlp(backbone.width, objective.hidden, objective.projector_dim, True)
-        if objective.patch_weight:
-            side["patch_projector"] = make_mlp(backbone.width, objective.hidden, objective.projector_dim, True)
+        if objective.kind == "dino":
+            side["dino_head"] = PrototypeHead(backbone.width, objective)
+            side["ibot_head"] = PrototypeHead(backbone.width, objective)
+        if objective.kind == "lejepa" or objective.handover:
+            side["projector"] = make_mlp(backbone.width, objective.hidden, objective.projector_dim, True)
+            if objective.patch_weight:
+                side["patch_projector"] = make_mlp(backbone.width, objective.hidden, objective.projector_dim, True)
         return side
 
+    def student_backbone(self) -> ViT:
+        return cast(ViT, self.student["backbone"])
+
     def teacher_backbone(self) -> ViT:
-        backbone = self.teacher["backbone"]
-        assert isinstance(backbone, ViT)
-        return backbone
+        return cast(ViT, self.teacher["backbone"])
 
     def forward(self, batch: Batch, step: int) -> StepResult:
         """One step's losses. `step` seeds the drop path and SigReg's directions."""
-        if self.recipe.objective.kind == "dino":
-            return self._distil(batch, step)
-        return self._join_views(batch, step)
-
-    def _encode(self, side: nn.ModuleDict, batch: Batch, step: int, masks: Tensor | None) -> list[Tokens]:
-        backbone = side["backbone"]
-        assert isinstance(backbone, ViT)
-        local = [] if batch.locals is None else [batch.locals]
+        small = [] if batch.locals is None else [batch.locals]
         generator = step_generator(self.recipe.run.seed, step, 0)
-        return backbone.encode_crops([batch.globals, *local], [masks, *[None] * len(local)], generator)
-
-    def _distil(self, batch: Batch, step: int) -> StepResult:
-        """DINO on class tokens, iBOT on hidden patches, a regulariser on the student's global class tokens."""
-        objective, num_slices = self.recipe.objective, batch.num_slices
-        num_global = self.recipe.views.num_global
-        tokens = self._encode(self.student, batch, step, batch.masks)
-        logits, bottleneck = self.student["dino_head"](torch.cat([t.cls for t in tokens]))
-        hidden_logits, _ = self.student["ibot_head"](tokens[0].patches[batch.masks])
-        with torch.no_grad():
-            self.teacher["backbone"].eval()
-            seen = self.teacher_backbone()(batch.globals)
-            teacher_logits, _ = self.teacher["dino_head"](seen.cls)
-            teacher_hidden, _ = self.teacher["ibot_head"](seen.patches[batch.masks])
-            temperature = self.teacher_temperature(step)
-            targets = self._targets(teacher_logits, temperature, "dino_center")
-            hidden_targets = self._targets(teacher_hidden, temperature, "ibot_center")
-        k = objective.prototypes
-        parts = {
-            "dino": dino_loss(
-                logits.view(-1, num_slices, k), targets.view(num_global, num_slices, k), objective.student_temperature
-            ),
-            "ibot": ibot_loss(hidden_logits, hidden_targets, batch.masks, objective.student_temperature),
-        }
-        loss = objective.dino_weight * parts["dino"] + objective.ibot_weight * parts["ibot"]
-        on = tokens[0].cls if objective.regulariser_on == "class_token" else bottleneck[: num_global * num_slices]
-        loss = loss + self._regularise(on.view(num_global, num_slices, -1), step, parts)
-        with torch.no_grad():
-            parts["teacher_entropy"] = -(targets * targets.clamp_min(1e-12).log()).sum(-1).mean()
-            mean_target = targets.mean(0)
-            parts["prototypes_used"] = torch.exp(-(mean_target * mean_target.clamp_min(1e-12).log()).sum())
+        crops, masks = [batch.globals, *small], [batch.masks, *[None] * len(small)]
+        tokens = self.student_backbone().encode_crops(crops, masks, generator)
+        parts: dict[str, Tensor] = {}
+        objective = self._distil if self.distils(step) else self._join_views
+        loss = objective(batch, tokens, step, parts)
+        if batch.gram is not None and self.anchors(step):
+            parts["gram"] = self._anchor(batch.gram, tokens[0])
+            loss = loss + self.recipe.objective.gram_weight * parts["gram"]
         return StepResult(loss, parts, tokens[0].cls.detach().float())
 
-    def _join_views(self, batch: Batch, step: int) -> StepResult:
+    def distils(self, step: int) -> bool:
+        """Whether this step asks the teacher (DINO + iBOT); before the hand-over it does not."""
+        return self.recipe.objective.kind == "dino" and step >= self.recipe.handover_step
+
+    def anchors(self, step: int) -> bool:
+        """Whether this step is held to the Gram matrices of an earlier teacher."""
+        return bool(self.recipe.objective.gram_weight) and step >= self.recipe.gram_steps[0]
+
+    def _distil(self, batch: Batch, tokens: list[Tokens], step: int, parts: dict[str, Tensor]) -> Tensor:
+        """DINO on class tokens, iBOT on hidden patches, a regulariser on the student's global class tokens."""
+        objective, num_global = self.recipe.objective, self.recipe.views.num_global
+        num_slices = len(batch.globals) // num_global
+        num_views = sum(len(t.cls) for t in tokens) // num_slices
+        hidden = batch.masks.flatten().nonzero()[:, 0]
+        targets_GBK, hidden_targets = self._ask_teacher(batch, hidden, step)
+        unit, prototypes, bottleneck = self.student["dino_head"](torch.cat([t.cls for t in tokens]))
+        parts["dino"] = dino_loss(unit, prototypes, targets_GBK, num_views, objective.student_temperature)
+        unit, prototypes, _ = self.student["ibot_head"](tokens[0].patches.flatten(0, 1)[hidden])
+        parts["ibot"] = ibot_loss(unit, prototypes, hidden_targets, batch.masks, objective.student_temperature)
+        on = tokens[0].cls if objective.regulariser_on == "class_token" else bottleneck[: num_global * num_slices]
+        with torch.no_grad():
+            parts["teacher_entropy"] = -torch.xlogy(targets_GBK, targets_GBK).sum(-1).mean()
+            parts["divergence"] = parts["dino"].detach() - parts["teacher_entropy"]
+            mean_target = all_sum(targets_GBK.mean((0, 1))) / num_ranks()
+            parts["prototypes_used"] = torch.exp(-torch.xlogy(mean_target, mean_target).sum())
+        return (
+            objective.dino_weight * parts["dino"]
+            + objective.ibot_weight * parts["ibot"]
+            + self._regularise(on.view(num_global, num_slices, -1), step, parts)
+        )
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch: Batch, hidden: Tensor, step: int) -> tuple[Tensor, Assignments]:
+        """Targets of the unmasked global crops: (G, B, K), and those of the patches that the student does not see."""
+        self.teacher.eval()
+        seen = self.teacher_backbone()(batch.globals)
+        temperature = self.teacher_temperature(step)
+        cls = self._assign("dino", seen.cls, temperature).rows(slice(None))
+        patches = self._assign("ibot", seen.patches.flatten(0, 1)[hidden], temperature)
+        return cls.view(self.recipe.views.num_global, -1, cls.shape[1]), patches
+
+    def _assign(self, name: str, x: Tensor, temperature: float) -> Assignments:
+        unit, prototypes, _ = self.teacher[f"{name}_head"](x)
+        if self.recipe.objective.centring == "sinkhorn":
+            return sinkhorn_knopp(unit, prototypes, temperature)
+        center = cast(Tensor, getattr(self, f"{name}_center"))
+        targets = centred_softmax(unit, prototypes, center, temperature)
+        mean = mean_logits(unit.float(), prototypes)
+        center.lerp_(torch.where(mean.isfinite(), mean, center), 0.1)  # a bad batch must not outlive its skipped step
+        return targets
+
+    def _join_views(self, batch: Batch, tokens: list[Tokens], step: int, parts: dict[str, Tensor]) -> Tensor:
         """LeJEPA: all views near the mean of the global ones, each global view's projections standard normal.
 
         Masked global crops are views like others, so the guided masks make the task harder where the anatomy is.
         """
-        objective, num_slices = self.recipe.objective, batch.num_slices
-        num_global = self.recipe.views.num_global
-        tokens = self._encode(self.student, batch, step, batch.masks)
-        projected = self.student["projector"](torch.cat([t.cls for t in tokens])).view(
-            -1, num_slices, objective.projector_dim
-        )
-        parts = {"invariance": invariance(projected, num_global)}
+        objective, num_global = self.recipe.objective, self.recipe.views.num_global
+        projected = self.student["projector"](torch.cat([t.cls for t in tokens]))
+        projected = projected.view(-1, len(batch.globals) // num_global, objective.projector_dim)
+        parts["invariance"] = invariance(projected, num_global)
         weight = objective.regulariser_weight if objective.regulariser != "none" else 0.0
         loss = (1 - weight) * parts["invariance"] + self._regularise(projected, step, parts)
         if objective.patch_weight:
             loss = loss + objective.patch_weight * self._join_places(batch, tokens[0], step, parts)
-        return StepResult(loss, parts, tokens[0].cls.detach().float())
+        return loss
 
     def _join_places(self, batch: Batch, tokens: Tokens, step: int, parts: dict[str, Tensor]) -> Tensor:
         """LeJEPA on patches: one place of the body, seen by several global crops, projects to one vector.
@@ -169,18 +164,22 @@ class Learner(nn.Module):
         The crops differ in position, scale, intensity and mask, so a patch token has to say what lies there, not where in
         the crop, and a hidden patch has to guess it from its surroundings (the part that iBOT plays beside DINO).
         """
-        objective, px = self.recipe.objective, self.recipe.views.global_px
+        objective = self.recipe.objective
         num_global, num_slices, num_points, _ = batch.points.shape
         shared = batch.points.isfinite().flatten(2).all(2).all(0)  # slices whose crops overlap
-        if not bool(shared.any()):
+        num_shared = all_sum(shared.sum().to(torch.float32))
+        if not bool(num_shared):
             return tokens.patches.new_zeros(())
-        rows, columns = (px // side for side in self.recipe.model.patch)
+        rows, columns = (side // p for side, p in zip(batch.globals.shape[2:], self.recipe.model.patch))
         maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, rows, columns).float()
         at = 2 * batch.points.nan_to_num(0.5).flatten(0, 1)[:, None].flip(-1) - 1  # grid_sample wants (x, y) in [-1, 1]
         places = functional.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
         places = places[:, :, 0].transpose(1, 2).reshape(num_global, num_slices, num_points, -1)[:, shared]
         projected = self.student["patch_projector"](places.flatten(0, 2)).view(num_global, -1, objective.projector_dim)
-        parts["patch_invariance"] = invariance(projected, num_global)
+        share = shared.sum() * num_ranks() / num_shared  # ranks with more shared slices count more
+        parts["patch_invariance"] = (
+            invariance(projected, num_global) * share if bool(shared.any()) else 0 * projected.sum()
+        )
         generator = step_generator(self.recipe.run.seed, step, 2)
         values = [sigreg(view, objective.sigreg_slices, generator) for view in projected]
         parts["patch_sigreg"] = torch.stack(values).mean()
@@ -200,23 +199,26 @@ class Learner(nn.Module):
         parts["sigreg"] = torch.stack(values).mean()
         return objective.regulariser_weight * parts["sigreg"]
 
-    def _targets(self, logits: Tensor, temperature: float, center_name: str) -> Tensor:
-        if self.recipe.objective.centring == "sinkhorn":
-            return sinkhorn_knopp(logits, temperature)
-        center: Any = getattr(self, center_name)
-        targets = centred_softmax(logits, center, temperature)
-        mean = logits.float().mean(0)
-        center.lerp_(torch.where(mean.isfinite(), mean, center), 0.1)  # a bad batch must not outlive its skipped step
-        return targets
+    def _anchor(self, images: Tensor, tokens: Tokens) -> Tensor:
+        """Gram anchoring: the earlier teacher sees the whole crop at its own size; its map is brought to the student's grid."""
+        with torch.no_grad():
+            seen = self.gram.eval()(images).patches
+            theirs = [s // p for s, p in zip(images.shape[2:], self.recipe.model.patch)]
+            ours = [round(side * (tokens.patches.shape[1] / seen.shape[1]) ** 0.5) for side in theirs]
+            maps = seen.transpose(1, 2).reshape(len(images), -1, *theirs).float()
+            maps = functional.interpolate(maps, ours, mode="bicubic", align_corners=False)
+        return gram_loss(tokens.patches, maps.flatten(2).transpose(1, 2))
 
     def teacher_temperature(self, step: int) -> float:
+        """Linear from start to end; counted from the hand-over, when the prototypes begin to learn."""
         start, end = self.recipe.objective.teacher_temperature
-        warmup = self.recipe.objective.teacher_warmup * self.recipe.run.steps
-        return start + (end - start) * min(step / warmup, 1.0) if warmup else end
+        begin = self.recipe.handover_step
+        warmup = self.recipe.objective.teacher_warmup * (self.recipe.run.steps - begin)
+        return start + (end - start) * min((step - begin) / warmup, 1.0) if warmup else end
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float, step: int) -> None:
         """teacher ← m·teacher + (1 − m)·student, after the optimiser's step, with the updated student (DINO)."""
-        torch._foreach_lerp_(
-            ranks.local(self.teacher.parameters()), ranks.local(self.student.parameters()), 1 - momentum
-        )
+        torch._foreach_lerp_(local(self.teacher.parameters()), local(self.student.parameters()), 1 - momentum)
+        if self.recipe.objective.gram_weight and step + 1 in self.recipe.gram_steps:
+            self.gram.load_state_dict(self.teacher_backbone().state_dict())

@@ -50,6 +50,7 @@ class Batch:
     locals    (L·B, 1, s, s), or None without local crops
     masks     (G·B, N) bool; the number of hidden patches is the same in every batch
     points    (G, B, P, 2) places (y, x in fractions of the crop) that all global crops of a slice show; NaN without one
+    gram      (G·B, 1, P, P) the global crops without change of intensity for Gram anchoring, or None
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
     """
 
@@ -59,6 +60,7 @@ class Batch:
     points: Tensor
     foreground: float
     num_rejected: float
+    gram: Tensor | None = None
 
     @property
     def num_slices(self) -> int:

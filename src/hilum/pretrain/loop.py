@@ -152,12 +152,12 @@ def train_step(replica: Replica, optimiser: AdamW, batches: Sequence[Batch], ste
             # One rank's NaN becomes every rank's when gradients are averaged, so all skip the step without asking.
             scale = torch.where(result.loss.detach().isfinite(), 1 / len(batches), torch.nan)
             (result.loss * scale).backward()  # type: ignore[no-untyped-call]
-            results.append(result)
+            results.append(replace(result, loss=result.loss.detach()))
     norms = clip_gradients(learner.student, recipe.optimiser.clip)
     updated = all(map(math.isfinite, norms.values()))
     if updated:
         optimiser.step()
-        learner.update_teacher(momentum(recipe, step))
+        learner.update_teacher(momentum(recipe, step), step)
     line: dict[str, Any] = {"step": step, **_averages(results, batches)}
     line |= {"lr": lr, **{f"grad_{name}": norm for name, norm in norms.items()}} if updated else {"skipped": 1}
     if updated and step % recipe.run.health_every == 0:
@@ -173,8 +173,11 @@ def _forward(replica: Replica, batch: Batch, step: int) -> StepResult:
 
 def _averages(results: Sequence[StepResult], batches: Sequence[Batch]) -> dict[str, float]:
     """Loss, its parts and facts of the crops: means over micro-batches and ranks, all in one message."""
-    names = ["loss", *results[0].parts]
-    learnt = torch.stack([torch.stack([r.loss, *r.parts.values()]).detach().double() for r in results]).mean(0)
+    rows = [{"loss": result.loss, **result.parts} for result in results]
+    names = list(
+        dict.fromkeys(name for row in rows for name in row)
+    )  # some micro-batches may lack a part, on all ranks
+    learnt = torch.stack([torch.stack([row[name].double() for row in rows if name in row]).mean() for name in names])
     crops = torch.tensor([[b.foreground, b.num_rejected] for b in batches], dtype=torch.float64).mean(0)
     means = ranks.all_mean(torch.cat([learnt, crops.to(learnt.device)]))
     return dict(zip([*names, "foreground", "num_rejected"], means.tolist()))
@@ -209,6 +212,7 @@ def _part(batch: Batch, number: int, count: int) -> Batch:
         locals=None if batch.locals is None else cut(batch.locals),
         masks=cut(batch.masks),
         points=batch.points.chunk(count, 1)[number],
+        gram=None if batch.gram is None else cut(batch.gram),
     )
 
 

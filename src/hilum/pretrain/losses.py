@@ -1,6 +1,7 @@
-"""Losses: tensors in, one number out, in fp32. Slow loop versions of each stand in tests/numeric.
+"""Losses on features: tensors in, one number out, in fp32. Slow loop versions of each stand in tests/numeric.
 
-Axes in names: G global views, V all views, B slices, K prototypes, M masked patches, S directions, T knots, D width.
+KoLeo and SigReg look at the samples of all ranks, so their value is the same on every rank and for any number of them.
+Axes in names: G global views, V all views, B slices, N samples, P patches, S directions, T knots, D width.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from hilum.pretrain.ranks import all_rows, all_sum
 
 P = ParamSpec("P")
 
@@ -31,67 +34,15 @@ def in_fp32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 @in_fp32
-def sinkhorn_knopp(logits_BK: Tensor, temperature: float, num_rounds: int = 3) -> Tensor:
-    """Soft assignments in which every prototype is used alike (Cuturi 2013; SwAV; DINOv2's `sinkhorn_knopp_teacher`).
-
-    logits_BK    teacher logits of the whole batch
-    returns      (B, K), rows sum to 1; columns to about B/K
-
-    Rows and columns are scaled in the log domain by two vectors, so nothing overflows and the matrix is not rewritten.
-    Fewer rows than prototypes bound the entropy of the targets from below by about ln(K/B).
-    """
-    scores = logits_BK / temperature
-    row = torch.zeros_like(scores[:, :1])
-    for _ in range(num_rounds):
-        column = -torch.logsumexp(scores + row, 0, keepdim=True)
-        row = -torch.logsumexp(scores + column, 1, keepdim=True)
-    return torch.exp(scores + row + column)
-
-
-@in_fp32
-def centred_softmax(logits_BK: Tensor, center_K: Tensor, temperature: float) -> Tensor:
-    """Softmax of the teacher's logits after subtracting their running mean (DINO)."""
-    return torch.softmax((logits_BK - center_K) / temperature, -1)
-
-
-@in_fp32
-def dino_loss(student_VBK: Tensor, teacher_GBK: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of every student view against every other global view of the teacher, mean over pairs and slices.
-
-    student_VBK  logits; the first G views are the global ones
-    teacher_GBK  target probabilities
-    Pairs of one view with itself are left out: with 2 global and 8 local views 18 pairs remain.
-    """
-    num_views, num_slices, _ = student_VBK.shape
-    num_global = len(teacher_GBK)
-    log_p = torch.log_softmax(student_VBK / temperature, -1)
-    cross = -torch.einsum("gbk,vbk->gv", teacher_GBK, log_p)  # all pairs at once, never materialised
-    same = torch.eye(num_global, num_views, device=cross.device, dtype=torch.bool)
-    return cross.masked_fill(same, 0).sum() / (num_slices * num_global * (num_views - 1))
-
-
-@in_fp32
-def ibot_loss(student_MK: Tensor, teacher_MK: Tensor, mask_CN: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy at masked patches: mean over the patches of a crop, summed over crops, divided by all crops.
-
-    student_MK, teacher_MK  logits and target probabilities of the M hidden patches, in the order of mask.nonzero()
-    mask_CN      (crops, patches) bool; crops without a mask count in the divisor (DINOv2's code)
-    """
-    log_p = torch.log_softmax(student_MK / temperature, -1)
-    per_patch = -(teacher_MK * log_p).sum(-1)
-    weight = 1 / mask_CN.sum(1).clamp(min=1)
-    return (per_patch * weight[mask_CN.nonzero()[:, 0]]).sum() / len(mask_CN)
-
-
-@in_fp32
 def koleo(x_BD: Tensor) -> Tensor:
-    """Minus the mean log distance to the nearest neighbour on the sphere (Sablayrolles 2019; DINOv2).
+    """Minus the mean log distance to the nearest neighbour on the sphere (Sablayrolles 2019; DINOv2), over all ranks.
 
+    DINOv2 looks within one device's batch; there the value depends on how many devices share the work.
     Raises ValueError for a batch of one, where there is no neighbour.
     """
-    if len(x_BD) < 2:
+    x = functional.normalize(all_rows(x_BD), dim=-1, eps=1e-8)
+    if len(x) < 2:
         raise ValueError("KoLeo needs at least two samples; found 1")
-    x = functional.normalize(x_BD, dim=-1, eps=1e-8)
     similarity = (x @ x.T).fill_diagonal_(-2)
     neighbour = x[similarity.argmax(1)]
     distance = functional.pairwise_distance(x, neighbour, eps=1e-8)
@@ -104,10 +55,11 @@ def sigreg(
 ) -> Tensor:
     """How far samples are from a standard normal: the Epps-Pulley statistic along random directions (LeJEPA).
 
-    z_ND        samples, not normalised: the statistic wants unit scale and no correlation
+    z_ND        this rank's samples, not normalised: the statistic wants unit scale and no correlation
     num_slices  random directions, drawn by `generator` (a CPU generator seeded by the step)
     returns     N · mean over directions of ∫ e^(−t²/2) |φ̂(t) − e^(−t²/2)|² dt over [−reach, reach] by the trapezoid
-                rule; expectation √2π − √(2π/3) = 1.06 for normal samples whatever N, 0.409·N at collapse to zero
+                rule, N and φ̂ over all ranks; expectation √2π − √(2π/3) = 1.06 for normal samples whatever N, 0.409·N
+                at collapse to zero
 
     Cosine is even and sine odd, so the knots at t > 0 count twice and the others are left out.
     """
@@ -119,8 +71,10 @@ def sigreg(
     weight[0] /= 2
     weight[-1] /= 2
     angles_TNS = t[:, None, None] * (z_ND @ directions_DS)
-    real, imaginary = angles_TNS.cos().mean(1) - gauss[:, None], angles_TNS.sin().mean(1)
-    return (weight @ (real.square() + imaginary.square())).mean() * len(z_ND)
+    num = all_sum(z_ND.new_tensor(len(z_ND)))
+    waves = all_sum(torch.stack([angles_TNS.cos().sum(1), angles_TNS.sin().sum(1)])) / num
+    away = (waves[0] - gauss[:, None]).square() + waves[1].square()
+    return (weight @ away).mean() * num
 
 
 @in_fp32
@@ -128,3 +82,13 @@ def invariance(projected_VBD: Tensor, num_global: int) -> Tensor:
     """LeJEPA's prediction term: mean squared distance of every view to the mean of the global views."""
     target = projected_VBD[:num_global].mean(0)
     return (projected_VBD - target).square().mean()
+
+
+@in_fp32
+def gram_loss(student_BPD: Tensor, teacher_BPD: Tensor) -> Tensor:
+    """Mean squared difference of the patches' cosine similarities, image by image (Gram anchoring, DINOv3).
+
+    student_BPD, teacher_BPD  patch tokens after the final norm on the same grid; the widths may differ
+    """
+    student, teacher = (functional.normalize(x, dim=-1) for x in (student_BPD, teacher_BPD))
+    return functional.mse_loss(student @ student.mT, teacher @ teacher.mT)

@@ -84,13 +84,15 @@ def set_schedules(optimiser: torch.optim.AdamW, recipe: Recipe, step: int) -> fl
 
 @torch.no_grad()
 def clip_gradients(student: nn.ModuleDict, largest: float) -> dict[str, float]:
-    """Clip each module's gradient norm on its own; returns the norms before clipping. Sharded gradients count whole."""
+    """Clip each module's gradient norm on its own; returns the norms before clipping, of the modules that have gradients.
+
+    Under FSDP, where a rank holds some rows of each gradient, the norm is that of all rows.
+    """
     grads = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in student.items()}
-    local = {name: ranks.local(found) for name, found in grads.items()}
-    zero = torch.zeros((), device=next(student.parameters()).device)
-    norms = torch.stack([torch.stack([zero, *torch._foreach_norm(found)]).norm() for found in local.values()])
+    local = {name: ranks.local(found) for name, found in grads.items() if found}
+    norms = torch.stack([torch.stack(torch._foreach_norm(found)).norm() for found in local.values()])
     if any(ranks.is_sharded(grad) for found in grads.values() for grad in found):
         norms = ranks.all_sum(norms.square()).sqrt()
     for found, norm in zip(local.values(), norms):
         torch._foreach_mul_(found, (largest / (norm + 1e-6)).clamp(max=1.0))
-    return dict(zip(grads, norms.tolist()))
+    return dict(zip(local, norms.tolist()))

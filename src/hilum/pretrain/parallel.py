@@ -132,12 +132,12 @@ def _shard(learner: Learner) -> None:
     # Nothing here changes a block's output in place, which this warns of.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     empty = {parameter for parameter in learner.parameters() if not parameter.numel()}
-    for side in (learner.student, learner.teacher):
-        for module in side.values():
-            if isinstance(module, ViT):
-                for block in module.blocks:
-                    fully_shard(block)
-            fully_shard(module, ignored_params=empty)
-            if isinstance(module, ViT):
-                register_fsdp_forward_method(module, "encode_crops")
+    anchor = [learner.gram] if learner.recipe.objective.gram_weight else []
+    for module in (*learner.student.values(), *learner.teacher.values(), *anchor):
+        if isinstance(module, ViT):
+            for block in module.blocks:
+                fully_shard(block)
+        fully_shard(module, ignored_params=empty)
+        if isinstance(module, ViT):
+            register_fsdp_forward_method(module, "encode_crops")
     fully_shard(learner, ignored_params=empty)

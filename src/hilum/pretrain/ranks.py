@@ -34,6 +34,15 @@ def all_mean(x: Tensor) -> Tensor:
     return all_sum(x) / num_ranks()
 
 
+def all_rows(x: Tensor) -> Tensor:
+    """(N, …) of every rank, one after the other, on every rank; differentiable. All ranks bring the same number of rows."""
+    if num_ranks() == 1:
+        return x
+    own = [torch.zeros_like(x)] * num_ranks()
+    own[rank()] = x
+    return all_sum(torch.cat(own))
+
+
 def all_max(x: Tensor) -> Tensor:
     """The largest over ranks, on every rank; no gradient."""
     return x if num_ranks() == 1 else _reduce(x, dist.ReduceOp.MAX)

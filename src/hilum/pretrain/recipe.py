@@ -13,6 +13,7 @@ from hilum.records import hash_json
 from hilum.settings import to_dict
 
 Range = tuple[float, float]
+LEAST_TEMPERATURE = 0.025  # exp of the range of cosines, 2 / temperature, must stay within fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,11 @@ class Objective:
     projector_dim        width of LeJEPA's projection
     patch_weight         LeJEPA only: weight of the same objective on patch tokens at places that all global crops show
     patch_points         places drawn of each slice for it
+    handover             "dino" only: share of the run that LeJEPA learns first, where prototypes would still be cold
+    gram_weight          weight of Gram anchoring (DINOv3); 0 leaves it out. DINOv3: 2
+    gram_start           share of the run at which the teacher of that moment becomes the anchor
+    gram_refresh         share of the run between renewals of the anchor, at most three; 0 keeps the first
+    gram_px              side of the anchor's crops; DINOv3 shows it twice the student's
     """
 
     kind: Literal["dino", "lejepa"] = "dino"
@@ -107,6 +113,23 @@ class Objective:
     projector_dim: int = 32
     patch_weight: float = 0.0
     patch_points: int = 16
+    handover: float = 0.0
+    gram_weight: float = 0.0
+    gram_start: float = 0.8
+    gram_refresh: float = 0.0
+    gram_px: int = 512
+
+    def __post_init__(self) -> None:
+        if self.handover and self.kind != "dino":
+            raise UsageError(f"objective.handover goes from LeJEPA to dino; found kind '{self.kind}'")
+        for name in ("handover", "gram_start", "gram_refresh"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(
+                    f"objective.{name} is a share of the run, from 0 to below 1; found {getattr(self, name)}"
+                )
+        coldest = min(self.student_temperature, *self.teacher_temperature)
+        if coldest < LEAST_TEMPERATURE:
+            raise UsageError(f"temperatures below {LEAST_TEMPERATURE} leave fp32; found {coldest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +168,8 @@ class Run:
                        micro-batch on all ranks, so the number of ranks changes no result and this setting does
     parallel           "ddp": every rank has the whole model; "fsdp": weights, gradients and moments are shared out
     precision          "bf16": autocast with fp32 weights, losses in fp32; "fp32"
+    recompute          activation checkpointing: less memory for one more student forward pass
+    compile            torch.compile of each block; minutes of compiling, once
     checkpoint_every   steps between checkpoints; at most so many are lost to a kill
     num_workers        processes that draw and render views; 0 does it in the training process
     """
@@ -155,6 +180,8 @@ class Run:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: bool = False
+    compile: bool = False
     checkpoint_every: int = 500
     health_every: int = 25
     num_workers: int = 4
@@ -189,9 +216,22 @@ class Recipe:
                 raise UsageError(f"views.{name} {px} is no multiple of the patch {self.model.patch}")
 
     @property
+    def handover_step(self) -> int:
+        """The first step of DINO + iBOT."""
+        return round(self.objective.handover * self.run.steps)
+
+    @property
+    def gram_steps(self) -> list[int]:
+        """Steps before which the anchor is taken from the teacher: the first, and its renewals."""
+        start, every = (
+            round(share * self.run.steps) for share in (self.objective.gram_start, self.objective.gram_refresh)
+        )
+        return [start + n * every for n in range(4 if every else 1)]
+
+    @property
     def hash(self) -> str:
         """Names what the run yields; settings of `run` that only say how the work is done are left out."""
         values = to_dict(self)
-        for name in ("parallel", "num_workers", "checkpoint_every", "health_every"):
+        for name in ("parallel", "recompute", "compile", "num_workers", "checkpoint_every", "health_every"):
             del values["run"][name]
         return hash_json(values)
