@@ -91,6 +91,8 @@ class CheckpointWriter:
             raise CheckpointError(f"another rank could not write its share of the checkpoint of step {self._step}")
         if ranks.rank() == 0:
             self._publish()
+        if wait:
+            ranks.all_max(torch.zeros((), device=ranks.device()))  # nobody goes on, or ends, before it has its name
 
     def _write(self, metadata: dict[str, str]) -> None:
         hidden = self._hidden()
