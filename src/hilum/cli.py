@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -166,6 +167,9 @@ def pretrain(
         list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for --set run.seed=N.")] = None,
+    start_from: Annotated[
+        str | None, typer.Option("--from", help="First weights: a run, an encoder, DINOv2 or DINOv3 (start_from).")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -178,6 +182,8 @@ def pretrain(
 
     changes = [*(sets or []), *([f"run.seed={seed}"] if seed is not None else [])]
     chosen = override(load_recipe(recipe), changes)
+    if start_from is not None:
+        chosen = replace(chosen, start_from=start_from)
     with Reporter(quiet) as progress:
         record = run(chosen, data, out, device=device, progress=progress)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks

@@ -22,13 +22,21 @@ from hilum.archive.store.store import Store
 from hilum.errors import DiskFull, InputError, Interrupted, StoreError, UsageError
 
 RUN = """
-import sys
+import sys, time
+from pathlib import Path
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key
 from hilum.errors import HilumError
+
+def progress(done, total, what):
+    if done == 10 and what == "storing scans" and len(sys.argv) > 4:
+        Path(sys.argv[4], "waiting").touch()
+        while not Path(sys.argv[4], "go").exists():
+            time.sleep(0.01)
+
 if __name__ == "__main__":
     try:
-        prepare(sys.argv[1], sys.argv[2], key=Key(bytes(range(32))), num_workers=int(sys.argv[3]))
+        prepare(sys.argv[1], sys.argv[2], key=Key(bytes(range(32))), num_workers=int(sys.argv[3]), progress=progress)
     except HilumError as error:
         print(error)
         raise SystemExit(error.exit_code)
@@ -99,8 +107,9 @@ def test_a_second_run_does_nothing_and_a_changed_archive_is_noticed(archive, who
     assert content(whole) == before
 
 
-def start(archive: Path, store: Path, num_workers: int) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, str(archive), str(store), str(num_workers)],
+def start(archive: Path, store: Path, num_workers: int, *wait_in: Path) -> subprocess.Popen[str]:
+    """A run in a process of its own; with `wait_in` it touches "waiting" there after ten scans and waits for "go"."""
+    return subprocess.Popen([sys.executable, "-c", RUN, str(archive), str(store), str(num_workers), *map(str, wait_in)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
@@ -128,11 +137,13 @@ def test_killed_and_resumed_gives_the_same_bytes(archive, whole, tmp_path, key, 
 
 @pytest.mark.parametrize(("number", "code", "num_workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 1)])
 def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers):
-    process = start(archive, tmp_path / "store", num_workers)
-    wait_for(process, tmp_path / "store", "volumes/*/*.b2nd", 10)
+    process = start(archive, tmp_path / "store", num_workers, tmp_path)
+    wait_for(process, tmp_path, "waiting", 1)
     process.send_signal(number)
-    output, _ = process.communicate()
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
+    assert "stopped; 10 scans are done" in output
     assert "Run the same command again" in output
     assert list((tmp_path / "store" / "index").glob("part-*.ledger.parquet"))
     prepare(archive, tmp_path / "store", key=key, num_workers=1)
@@ -184,15 +195,41 @@ def test_refusals_of_the_call(archive, tmp_path, key):
         prepare(archive, tmp_path / "other", key=key)
 
 
-def test_interrupted_carries_its_exit_code(archive, tmp_path, key, monkeypatch):
-    def signalled(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+def test_interrupted_carries_its_exit_code(archive, tmp_path, key):
+    def signalled(done: int, total: int | None, what: str) -> None:
+        if what == "looking at files":
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(module, "examine", signalled)
     with pytest.raises(Interrupted, match="0 scans are done") as stopped:
-        prepare(archive, tmp_path / "store", key=key)
+        prepare(archive, tmp_path / "store", key=key, progress=signalled)
     assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_in_the_last_step_is_not_lost(archive, whole, tmp_path, key, monkeypatch):
+    original = module.merge_indexes
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(*args)
+
+    monkeypatch.setattr(module, "merge_indexes", signalled)
+    with pytest.raises(Interrupted, match="scans are done") as stopped:
+        prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert stopped.value.exit_code == 130
+    monkeypatch.undo()
+    prepare(archive, tmp_path / "store", key=key, num_workers=1)
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_a_second_signal_stops_at_once(archive, tmp_path, key):
+    def signalled(done: int, total: int | None, what: str) -> None:
+        if what == "storing scans":
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(archive, tmp_path / "store", key=key, num_workers=1, progress=signalled)
 
 
 def test_a_resumed_run_reads_the_plan_and_no_header_again(archive, whole, tmp_path, key, monkeypatch):

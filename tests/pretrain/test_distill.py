@@ -231,7 +231,7 @@ def test_gram_anchoring_from_its_parts(small, store_path):
     torch.testing.assert_close(result.parts["gram"].detach(), wanted, rtol=1e-4, atol=1e-6)
     plain = replace(recipe, objective=replace(recipe.objective, gram_weight=0.0))
     learner.recipe = plain
-    torch.testing.assert_close(result.loss - learner(batch, 10).loss, 2 * result.parts["gram"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(result.loss - learner(batch, 10).loss, 2 * result.parts["gram"], rtol=3e-3, atol=3e-6)
 
 
 def test_anchors_are_renewed_at_most_three_times(small):
@@ -262,4 +262,4 @@ def test_recomputed_and_compiled_blocks_yield_the_same_gradients(small, store_pa
         gradients.append([p.grad.clone() for p in learner.student.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
     for plain, other in zip(*gradients):
-        torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(plain, other, rtol=3e-3, atol=3e-6)

@@ -158,7 +158,7 @@ def objectives(small: dict[str, Recipe]) -> dict[str, Recipe]:
     return {
         "dino, no regulariser": make(small["dino, ema"], batch_norm=False, regulariser="none"),
         "dino, sinkhorn, sigreg, BatchNorm": make(dino),
-        "dino, ema, koleo, BatchNorm": make(small["dino, ema"]),
+        "dino, ema, koleo, BatchNorm": make(small["dino, ema"], regulariser_weight=0.005),
         "dino, micro-batches": make(dino, accumulate=2),
         "lejepa": make(small["lejepa"]),
         "lejepa, patches": make(small["lejepa, patches"]),

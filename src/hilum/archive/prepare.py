@@ -105,11 +105,11 @@ def prepare(
         with hold(work / "lock", f"the store {store}"):
             if not _is_complete(store, header):
                 _open(store, header)
-                with _stop_on_signals(store):
+                with _stop_on_signals(store, progress) as go_on:
                     plan = read_plan(work, archive) or _make_plan(
-                        store, listing, key, policy, num_workers, engine, progress
+                        store, listing, key, policy, num_workers, engine, go_on
                     )
-                    _fill(plan, store, policy, num_workers, engine, progress)
+                    _fill(plan, store, policy, num_workers, engine, go_on)
                     _finish(plan, store, header, policy)
             _drop_parts(store)
             drop_plan(work)
@@ -132,30 +132,43 @@ def _is_complete(store: Path, header: dict[str, Any]) -> bool:
 
 
 class _Stop(BaseException):
-    """Raised where the main thread is when a signal asks to stop; BaseException, so that nothing mistakes it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+    """Raised between two items after a signal; BaseException, so that nothing mistakes it."""
 
 
 @contextlib.contextmanager
-def _stop_on_signals(store: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise _Stop, which becomes Interrupted; in the main thread only, where Python allows handlers."""
+def _stop_on_signals(store: Path, progress: Progress | None) -> Iterator[Progress]:
+    """Ctrl-C and SIGTERM become Interrupted at the next item; a second one is met as if there were no run.
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise _Stop(signum)
+    yields  `progress`, which also stops the run when it was asked to. The handler itself only remembers: an exception
+            that it raised could land in a destructor, which swallows it, or between two locks of the process pool
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    Only in the main thread, where Python allows handlers.
+    """
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def remember(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        signal.signal(signum, before[signum])
+
+    def go_on(done: int, total: int | None, what: str) -> None:
+        if progress:
+            progress(done, total, what)
+        if asked:
+            raise _Stop
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
-    except _Stop as stopped:
+        for signum in before:
+            signal.signal(signum, remember)
+        yield go_on
+        if asked:  # after the last item: whoever runs this was asked to stop as well
+            raise _Stop
+    except _Stop:
         raise Interrupted(
             f"stopped; {_num_done(store)} scans are done in {store}. Run the same command again to go on from here",
-            EXIT_TERMINATED if stopped.signum == signal.SIGTERM else EXIT_INTERRUPTED,
+            EXIT_TERMINATED if asked[0] == signal.SIGTERM else EXIT_INTERRUPTED,
         ) from None
     finally:
         for signum, handler in before.items():
@@ -179,7 +192,7 @@ def _make_plan(
     policy: Policy,
     num_workers: int | None,
     engine: str,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Plan:
     """Look at all headers once. StoreError when files came or went meanwhile."""
 
@@ -198,9 +211,7 @@ def _make_plan(
     return plan
 
 
-def _fill(
-    plan: Plan, store: Path, policy: Policy, num_workers: int | None, engine: str, progress: Progress | None
-) -> None:
+def _fill(plan: Plan, store: Path, policy: Policy, num_workers: int | None, engine: str, progress: Progress) -> None:
     """Read and store every scan of the plan that no part holds yet."""
     part: list[Done] = []
     part_number, num_done = _num_parts(store), _num_done(store)
@@ -216,8 +227,7 @@ def _fill(
                 if len(part) >= min(max(FEWEST_SCANS, int(num_done * PART_SHARE)), MOST_SCANS):
                     _write_part(store, part_number, part)
                     part_number, part = part_number + 1, []
-                if progress:
-                    progress(num_done, plan.num_used, "storing scans")
+                progress(num_done, plan.num_used, "storing scans")
     except (_Stop, DiskFull):
         with contextlib.suppress(DiskFull):
             _write_part(store, part_number, part)

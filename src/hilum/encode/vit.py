@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from hilum.errors import UsageError
 
 # name: (width, depth, heads, feed-forward kind, feed-forward width). B, L, g as in DINOv2 with Curia's SwiGLU widths
-# (hidden = 8·ceil(⌊2·4D/3⌋/8)); the small ones are ours.
+# (hidden = 8·ceil(⌊2·4D/3⌋/8)); "-mlp" as DINOv2 and DINOv3 release B and L, "-plus" as DINOv3; the small ones are ours.
 SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"], int]] = {
     "nano": (96, 3, 3, "mlp", 384),
     "micro": (128, 4, 2, "mlp", 512),
@@ -30,6 +30,10 @@ SIZES: dict[str, tuple[int, int, int, Literal["mlp", "swiglu"], int]] = {
     "base": (768, 12, 12, "swiglu", 2048),
     "large": (1024, 24, 16, "swiglu", 2736),
     "giant": (1536, 40, 24, "swiglu", 4096),
+    "small-plus": (384, 12, 6, "swiglu", 1536),
+    "base-mlp": (768, 12, 12, "mlp", 3072),
+    "large-mlp": (1024, 24, 16, "mlp", 4096),
+    "huge-plus": (1280, 32, 20, "swiglu", 5120),
 }
 
 
@@ -40,6 +44,8 @@ class ViTConfig:
     patch, image   patch and reference image size in pixels, two numbers (2D) or three (3D)
     positions      "learned": one vector a cell of the reference grid, interpolated to other grids;
                    "rotary": axial rotary embedding of DINOv3 (base 100, coordinates in [-1, 1])
+    antialias      learned positions are interpolated with antialiasing, as by DINOv2's models with registers
+    norm_eps       of every LayerNorm (DINOv2: 1e-6, DINOv3: 1e-5)
     layer_scale    initial LayerScale (Touvron 2021); 0 leaves it out
     drop_path      share of samples whose residual branch is skipped in training, the same at every depth
     rope_rescale   in training, rotary coordinates are scaled by a log-uniform factor in [1/this, this], one a step for all
@@ -51,7 +57,9 @@ class ViTConfig:
     image: tuple[int, ...] = (256, 256)
     channels: int = 1
     positions: Literal["learned", "rotary"] = "learned"
+    antialias: bool = False
     num_registers: int = 0
+    norm_eps: float = 1e-6
     layer_scale: float = 1e-5
     drop_path: float = 0.0
     rope_rescale: float = 1.0
@@ -63,6 +71,10 @@ class ViTConfig:
             raise UsageError(f"patch {self.patch} and image {self.image} need two axes (2D) or three (3D) each")
         if any(i % p for i, p in zip(self.image, self.patch)):
             raise UsageError(f"image {self.image} is no multiple of the patch {self.patch}")
+        if self.antialias and len(self.patch) == 3:
+            raise UsageError(
+                "positions of a 3D transformer are interpolated without antialiasing; set antialias to false"
+            )
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -152,10 +164,10 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         width, _, heads, kind, hidden = SIZES[config.size]
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width, config.layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = FeedForward(width, hidden, kind)
         self.ls2 = LayerScale(width, config.layer_scale)
 
@@ -252,7 +264,7 @@ class ViT(nn.Module):
         if config.positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_cells, self.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
-        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.norm = nn.LayerNorm(self.width, eps=config.norm_eps)
         self.reset_parameters()
 
     @property
@@ -336,13 +348,19 @@ class ViT(nn.Module):
         return functional.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
     def _positions(self, grid: tuple[int, ...]) -> Tensor:
-        """Learned positions on another grid: bicubic in 2D as transformers' DINOv2, trilinear in 3D; fp32."""
         assert self.pos_embed is not None
-        patches = self.pos_embed[:, 1:]
-        if grid == self.config.grid:
-            return patches
-        table = patches.float().transpose(1, 2).reshape(1, self.width, *self.config.grid)
-        table = functional.interpolate(
-            table, grid, mode="bicubic" if len(grid) == 2 else "trilinear", align_corners=False
-        )
-        return table.flatten(2).transpose(1, 2)
+        return interpolate_positions(self.pos_embed[:, 1:], self.config, grid)
+
+
+def interpolate_positions(table: Tensor, config: ViTConfig, grid: Sequence[int]) -> Tensor:
+    """Learned positions on another grid: bicubic in 2D as transformers' DINOv2, trilinear in 3D; fp32.
+
+    table    (1, N, D) of the patches of `config.grid`
+    returns  (1, N', D) of the patches of `grid`
+    """
+    if tuple(grid) == config.grid:
+        return table
+    maps = table.float().transpose(1, 2).reshape(1, table.shape[2], *config.grid)
+    mode = "bicubic" if len(grid) == 2 else "trilinear"
+    maps = functional.interpolate(maps, tuple(grid), mode=mode, align_corners=False, antialias=config.antialias)
+    return maps.flatten(2).transpose(1, 2)

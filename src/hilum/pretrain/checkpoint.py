@@ -6,6 +6,7 @@ them): every rank writes the rows that it holds, each file says where they belon
 torch's default layout has a pickled index, which could run code when a stranger's checkpoint is read; this one has none.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -125,10 +126,14 @@ class CheckpointWriter:
         return self.folder / f".step-{self._step:08d}.tmp"
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint. What a killed run was writing or removing is cleared away; call it on one rank only."""
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing or removing; only for the run that goes on, and on one rank."""
     for unfinished in folder.glob(".step-*"):
         shutil.rmtree(unfinished)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint."""
     found = sorted(folder.glob("step-*"))
     return found[-1] if found else None
 
@@ -138,7 +143,7 @@ def read_checkpoint(path: Path, learner: Learner, optimiser: torch.optim.Optimiz
 
     Never runs code from the files. Raises CheckpointError for damaged files, another version or another recipe.
     """
-    try:
+    with _explain_damage(path):
         record = _read_index(path)
         if record["recipe_hash"] != recipe_hash:
             raise CheckpointError(
@@ -151,18 +156,35 @@ def read_checkpoint(path: Path, learner: Learner, optimiser: torch.optim.Optimiz
         for name, tensor in wanted.items():
             _fill(tensor, chunks[name])
         return int(record["step"])
-    except HilumError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise _damaged(path, error) from None
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). Remove it to go on from the one before"
-    )
+def read_learner(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Weights and buffers of a checkpoint under the names of `Learner`, whole, on the CPU; and the finished steps.
+
+    Raises CheckpointError as `read_checkpoint`.
+    """
+    with _explain_damage(path):
+        record = _read_index(path)
+        chunks = _read_chunks(path, record["files"])
+        found = {}
+        for name, parts in chunks.items():
+            if name.startswith("learner."):
+                dtype = parts[0].file.get_tensor(name).dtype
+                found[name.removeprefix("learner.")] = torch.empty(_whole_shape(parts), dtype=dtype)
+                _fill(found[name.removeprefix("learner.")], parts)
+        return found, int(record["step"])
+
+
+@contextlib.contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (HilumError, SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). Remove it to go on from the one before"
+        ) from error
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -35,13 +35,14 @@ from hilum.errors import (
     UsageError,
 )
 from hilum.pretrain import ranks
-from hilum.pretrain.checkpoint import CheckpointWriter, last_checkpoint, read_checkpoint
+from hilum.pretrain.checkpoint import CheckpointWriter, clear_unfinished, last_checkpoint, read_checkpoint
 from hilum.pretrain.distill import Learner, StepResult
 from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.parallel import Replica, joined
 from hilum.pretrain.recipe import Recipe, Run
+from hilum.pretrain.start import check_start, initialise
 from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress
@@ -78,24 +79,23 @@ def pretrain(
         contract = contract_of(recipe)
         slices = Slices(store, recipe, contract)
         torch.manual_seed(recipe.run.seed)
-        replica = Replica(Learner(recipe).to(own_device), recipe.run)
-        optimiser = make_optimiser(replica.learner.student, recipe)
-        start = 0
-        if found := ranks.on_first(lambda: last_checkpoint(out / "checkpoints")):
-            start = read_checkpoint(found, replica.learner, optimiser, recipe.hash)
+        learner = Learner(recipe).to(own_device)
+        found, start = ranks.on_first(lambda: _find_checkpoint(out)), 0
+        if found:
+            check_start(recipe, record)
+        else:
+            record["start"] = initialise(learner, recipe)
+            if ranks.rank() == 0:
+                write_json(out / "run.json", record)
+        replica = Replica(learner, recipe.run)
+        optimiser = make_optimiser(learner.student, recipe)
+        if found:
+            start = read_checkpoint(found, learner, optimiser, recipe.hash)
         _train(replica, optimiser, slices, out, start, progress if ranks.rank() == 0 else None)
         weights = replica.teacher_weights()
         if ranks.rank() == 0:
-            facts = {
-                "recipe": recipe.name,
-                "step": recipe.run.steps,
-                "recipe_hash": recipe.hash,
-                "store_hash": store.hash,
-            }
-            backbone = ViT(recipe.model)
-            backbone.load_state_dict(weights)
-            write_encoder(out / "export", backbone, contract, facts)
             record |= {"status": "finished", "contract": contract.hash, "num_slices": len(slices.volume)}
+            _export(out, recipe, contract, record, weights)
             write_json(out / "run.json", record)
         return record
 
@@ -214,6 +214,22 @@ def _part(batch: Batch, number: int, count: int) -> Batch:
         points=batch.points.chunk(count, 1)[number],
         gram=None if batch.gram is None else cut(batch.gram),
     )
+
+
+def _find_checkpoint(out: Path) -> Path | None:
+    clear_unfinished(out / "checkpoints")
+    return last_checkpoint(out / "checkpoints")
+
+
+def _export(out: Path, recipe: Recipe, contract: Contract, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """The teacher's backbone as an encoder."""
+    facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe.hash}
+    facts["store_hash"] = record["store_hash"]
+    if record.get("start"):
+        facts["start"] = record["start"]["summary"]
+    backbone = ViT(recipe.model)
+    backbone.load_state_dict(weights)
+    write_encoder(out / "export", backbone, contract, facts)
 
 
 def _explain_stop(number: signal.Signals, finished: int, recipe: Recipe) -> str:

@@ -63,6 +63,7 @@ def _high_resolution(recipe: Recipe, name: str) -> Recipe:
     """Curia-2's stage at 512 px: 20,000 iterations from a 256 px run on 8 devices instead of 32; schedules run anew."""
     return replace(
         _at_512(recipe, name),
+        needs_start=True,
         optimiser=replace(
             recipe.optimiser,
             lr=recipe.optimiser.lr / 4,

@@ -195,9 +195,16 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One pre-training run."""
+    """One pre-training run.
+
+    start_from   where the first weights come from: a hilum run or encoder folder, or a released encoder (`start.py`);
+                 "" draws them
+    needs_start  a stage that continues another run, and is refused without `start_from`
+    """
 
     name: str
+    start_from: str = ""
+    needs_start: bool = False
     model: ViTConfig = field(default_factory=ViTConfig)
     views: ViewSpec = field(default_factory=ViewSpec)
     objective: Objective = field(default_factory=Objective)
@@ -230,8 +237,12 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """Names what the run yields; settings of `run` that only say how the work is done are left out."""
+        """Names what the run yields; settings of `run` that only say how the work is done are left out.
+
+        So is the place of the first weights: run.json holds the hash of the weights themselves.
+        """
         values = to_dict(self)
+        del values["start_from"], values["needs_start"]
         for name in ("parallel", "recompute", "compile", "num_workers", "checkpoint_every", "health_every"):
             del values["run"][name]
         return hash_json(values)
