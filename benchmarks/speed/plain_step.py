@@ -1,4 +1,4 @@
-"""The step of DINO + iBOT written the plain way, on the same weights: what `pretrain_step.py` compares with, and checks against.
+"""The step of DINO + iBOT written the plain way, on the same weights: the oracle and opponent of `pretrain_step.py`.
 
 One forward pass per crop size, a convolution for the patches, torch's own attention, LayerScale and drop path as factors on
 whole branches, whole logits in memory, Sinkhorn-Knopp in the log domain, losses term by term, and gradients by autograd.

@@ -28,6 +28,7 @@ from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, train_step
 from hilum.pretrain.optim import make_optimiser
+from hilum.pretrain.parallel import Replica
 from hilum.pretrain.presets import load_recipe
 from hilum.pretrain.recipe import Recipe
 from hilum.records import machine, versions
@@ -37,10 +38,10 @@ def steps_of(recipe: Recipe, store_folder: Path) -> Iterator[float]:
     """Train step by step, as the loop does; yields the resident memory (MiB) after each."""
     slices = Slices(make_store(store_folder), recipe, contract_of(recipe))
     torch.manual_seed(0)
-    learner = Learner(recipe)
-    optimiser = make_optimiser(learner.student, recipe)
+    replica = Replica(Learner(recipe), recipe.run)
+    optimiser = make_optimiser(replica.learner.student, recipe)
     for step in range(recipe.run.steps):
-        train_step(learner, optimiser, slices[step], step)
+        train_step(replica, optimiser, [slices[step]], step)
         yield resident_mib()
 
 

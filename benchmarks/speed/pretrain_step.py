@@ -25,6 +25,7 @@ from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch, Slices
 from hilum.pretrain.loop import contract_of, train_step
 from hilum.pretrain.optim import make_optimiser
+from hilum.pretrain.parallel import Replica
 from hilum.pretrain.presets import load_recipe
 from hilum.pretrain.recipe import Recipe
 
@@ -76,12 +77,12 @@ def main() -> None:
     recipe = replace(recipe, run=replace(recipe.run, num_workers=0))
     with tempfile.TemporaryDirectory() as temporary:
         slices = Slices(make_store(Path(temporary) / "store"), recipe, contract_of(recipe))
-        learner = Learner(recipe)
-        optimiser = make_optimiser(learner.student, recipe)
+        replica = Replica(Learner(recipe), recipe.run)
+        optimiser = make_optimiser(replica.learner.student, recipe)
         batch: Batch = slices[0]
 
         def step() -> None:
-            train_step(learner, optimiser, batch, 1)
+            train_step(replica, optimiser, [batch], 1)
 
         def plain() -> None:
             with plain_way():

@@ -1,6 +1,7 @@
 """`hilum pretrain` and `hilum plan`: recipes shown, reckoned and run."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,8 @@ def pretrain(
 
     with Reporter(quiet) as progress:
         record = run(chosen, data, out, device=device, progress=progress)
-    _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
 
 
 def plan(

@@ -73,6 +73,10 @@ class WorkerDied(HilumError):
     """A process that made training data was ended from outside; the last checkpoint is kept."""
 
 
+class RankLost(HilumError):
+    """Another process of the same run has ended; its own message says why."""
+
+
 class DiskFull(HilumError):
     """No space left where we write. What was finished before is whole."""
 

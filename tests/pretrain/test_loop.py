@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from hilum.encode.encoder import read_encoder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop
-from hilum.pretrain.distill import Learner, StepResult
+from hilum.pretrain.distill import StepResult
 from hilum.pretrain.loop import pretrain, read_lines
+from hilum.pretrain.parallel import Replica
 from hilum.pretrain.recipe import Recipe
 from hilum.settings import to_dict
 
@@ -44,18 +48,18 @@ def numbers(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(out / "metrics.jsonl")]
 
 
+def last_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint of a run on one rank."""
+    folder = sorted((out / "checkpoints").glob("step-*"))[-1]
+    return load_file(folder / "rank-00000-of-00001.safetensors")
+
+
 def same_end(a: Path, b: Path) -> None:
     """Equal weights of student, teacher and optimiser, bit for bit; equal export; equal log."""
-    records = [
-        torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True, map_location="cpu")
-        for out in (a, b)
-    ]
-    assert records[0]["step"] == records[1]["step"]
-    left, right = records[0]["learner"], records[1]["learner"]
+    left, right = last_tensors(a), last_tensors(b)
     assert left.keys() == right.keys()
+    assert any(name.startswith("optimiser.") for name in left)
     assert all(torch.equal(left[name], right[name]) for name in left)
-    for one, other in zip(records[0]["optimiser"]["state"].values(), records[1]["optimiser"]["state"].values()):
-        assert all(torch.equal(one[name], other[name]) for name in one)
     exports = [load_file(out / "export" / "model.safetensors") for out in (a, b)]
     assert all(torch.equal(exports[0][name], exports[1][name]) for name in exports[0])
     assert numbers(a) == numbers(b)
@@ -102,7 +106,7 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
     assert record["versions"]["torch"]
     assert record["machine"]["num_cores"] >= 1
     checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert checkpoints == ["step-00000004.pt", "step-00000006.pt"]
+    assert checkpoints == ["step-00000004", "step-00000006"]
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     lines = numbers(tmp_path / "run")
     assert {"loss", "dino", "ibot", "sigreg", "lr", "grad_backbone", "grad_dino_head", "rank", "foreground"} <= lines[
@@ -110,9 +114,9 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
     ].keys()
     assert "rank" not in lines[1]  # health_every
     encoder = read_encoder(tmp_path / "run" / "export")
-    state = torch.load(tmp_path / "run" / "checkpoints" / checkpoints[1], weights_only=True)["learner"]
+    state = last_tensors(tmp_path / "run")
     for name, tensor in encoder.model.state_dict().items():
-        assert torch.equal(tensor, state[f"teacher.backbone.{name}"])
+        assert torch.equal(tensor, state[f"learner.teacher.backbone.{name}"])
     assert encoder.name == "small-dino@6"
     assert encoder.contract.size_px == 32
     assert encoder.encode(torch.randn(1, 1, 32, 32)).cls.shape == (1, 96)
@@ -172,7 +176,7 @@ def test_signals_and_kill_end_where_an_undisturbed_run_does(small, store_path, t
     assert "stopped by SIGTERM after step" in output
     assert "checkpoint written. Run the same command again to go on" in output
     stopped = int(output.split("after step ")[1].split()[0])
-    assert checkpoint.last_checkpoint(out / "checkpoints") == out / "checkpoints" / f"step-{stopped:08d}.pt"
+    assert checkpoint.last_checkpoint(out / "checkpoints") == out / "checkpoints" / f"step-{stopped:08d}"
 
     code, output = run_until(recipe, store_path, out, 25, signal.SIGKILL, group=False)
     assert code == -signal.SIGKILL, output
@@ -194,7 +198,7 @@ def test_ctrl_c_in_this_process_finishes_the_step(small, store_path, tmp_path):
     assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert checkpoint.last_checkpoint(tmp_path / "run" / "checkpoints") == (
-        tmp_path / "run" / "checkpoints" / "step-00000003.pt"
+        tmp_path / "run" / "checkpoints" / "step-00000003"
     )
 
 
@@ -244,44 +248,59 @@ def half_run(small, store_path, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 100, 50_000])
-def test_a_cut_checkpoint(small, store_path, half_run, keep_bytes):
-    path = half_run / "checkpoints" / "step-00000010.pt"
-    path.write_bytes(path.read_bytes()[:keep_bytes])
-    with pytest.raises(
-        CheckpointError, match=r"step-00000010\.pt cannot be read as a checkpoint .* Remove it to go on"
-    ):
+@pytest.mark.parametrize("name", ["index.json", "rank-00000-of-00001.safetensors"])
+def test_a_cut_checkpoint(small, store_path, half_run, name, keep_bytes):
+    path = half_run / "checkpoints" / "step-00000010"
+    (path / name).write_bytes((path / name).read_bytes()[: min(keep_bytes, (path / name).stat().st_size - 9)])
+    with pytest.raises(CheckpointError, match=r"step-00000010 cannot be read as a checkpoint .* Remove it to go on"):
         pretrain(small["lejepa"], store_path, half_run)
-    path.unlink()
+    shutil.rmtree(path)
     assert pretrain(small["lejepa"], store_path, half_run)["status"] == "finished"
 
 
 def test_checkpoints_of_another_kind(small, store_path, half_run):
-    path = half_run / "checkpoints" / "step-00000010.pt"
-    record = torch.load(path, weights_only=True)
+    path = half_run / "checkpoints" / "step-00000010"
+    index, tensors = path / "index.json", path / "rank-00000-of-00001.safetensors"
+    record = json.loads(index.read_text())
 
     def refused(changed: Any, message: str) -> None:
-        torch.save(changed, path)
+        index.write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match=message):
             pretrain(small["lejepa"], store_path, half_run)
 
-    refused({**record, "version": 2}, "checkpoint version 2; this hilum reads version 1")
+    refused({**record, "version": 3}, "checkpoint version 3; this hilum reads version 2")
     refused([1, 2], "checkpoint version list")
-    refused({**record, "recipe": "abc"}, "belongs to recipe abc, this run has")
-    fewer = {k: v for k, v in record["learner"].items() if not k.endswith("norm.bias")}
-    refused({**record, "learner": fewer}, r"(?s)step-00000010\.pt does not fit this recipe: .*Missing key")
+    refused({**record, "recipe_hash": "abc"}, "belongs to recipe abc, this run has")
+    refused({**record, "files": ["../../run.json"]}, "cannot be read as a checkpoint .* no file of this folder")
+    with safe_open(tensors, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(tensors)
+    lost = "learner.student.backbone.norm.bias"
+    save_file({k: v for k, v in state.items() if k != lost}, tensors, metadata)
+    refused(record, rf"step-00000010 does not fit this recipe: {lost}: expected \(96,\), found nothing")
+    save_file({**state, lost: torch.zeros(95)}, tensors, metadata)
+    refused(record, rf"step-00000010 does not fit this recipe: {lost}: expected \(96,\), found \(95,\)")
+    shutil.rmtree(path)
+    (half_run / "checkpoints" / "step-00000010.pt").write_bytes(b"")
+    refused_old = "step-00000010.pt has checkpoint version 1; this hilum reads version 2"
+    with pytest.raises(CheckpointError, match=refused_old):
+        pretrain(small["lejepa"], store_path, half_run)
 
 
 def test_a_checkpoint_runs_no_code(small, store_path, half_run, tmp_path):
-    """A pickle that would open a file when loaded."""
+    """A pickle that would open a file when loaded, in place of each file and beside them."""
     target = tmp_path / "hacked"
 
     class Hostile:
         def __reduce__(self):
             return open, (str(target), "w")
 
-    torch.save(Hostile(), half_run / "checkpoints" / "step-00000010.pt")
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
-        pretrain(small["lejepa"], store_path, half_run)
+    path = half_run / "checkpoints" / "step-00000010"
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    for name in ("rank-00000-of-00001.safetensors", "index.json"):
+        torch.save(Hostile(), path / name)
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            pretrain(small["lejepa"], store_path, half_run)
     assert not target.exists()
 
 
@@ -294,8 +313,8 @@ def poison(monkeypatch) -> Iterator[set[int]]:
     steps: set[int] = set()
     plain = loop._forward
 
-    def forward(learner: Learner, batch: Any, step: int) -> StepResult:
-        result = plain(learner, batch, step)
+    def forward(replica: Replica, batch: Any, step: int) -> StepResult:
+        result = plain(replica, batch, step)
         if step not in steps:
             return result
         bad = {name: value * torch.nan for name, value in result.parts.items()}
@@ -306,9 +325,8 @@ def poison(monkeypatch) -> Iterator[set[int]]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.last_checkpoint(out / "checkpoints")
-    assert found is not None
-    state: dict[str, torch.Tensor] = torch.load(found, weights_only=True)["learner"]
+    """Of student and teacher."""
+    state = {name: tensor for name, tensor in last_tensors(out).items() if name.startswith("learner.")}
     return {name: tensor for name, tensor in state.items() if "running" not in name and "num_batches" not in name}
 
 
@@ -323,7 +341,7 @@ def test_a_step_with_a_nan_loss_changes_no_weight(small, store_path, tmp_path, p
     assert "lr" not in lines[5]
     assert lines[4]["lr"] > 0
     after = weights(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "step-00000006.pt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
     before = weights(tmp_path / "run")
     for key, tensor in before.items():
         if "center" not in key:
@@ -334,11 +352,11 @@ def test_a_nan_gradient_changes_no_weight(small, store_path, tmp_path, monkeypat
     """A finite loss whose gradient is not: the root of zero."""
     plain = loop._forward
 
-    def forward(learner: Learner, batch: Any, step: int) -> StepResult:
-        result = plain(learner, batch, step)
+    def forward(replica: Replica, batch: Any, step: int) -> StepResult:
+        result = plain(replica, batch, step)
         if step != 3:
             return result
-        zero = sum((p * 0).sum() for p in learner.student.parameters())
+        zero = sum((p * 0).sum() for p in replica.learner.student.parameters())
         return StepResult(result.loss + zero.sqrt(), result.parts, result.features)
 
     monkeypatch.setattr(loop, "_forward", forward)
@@ -353,8 +371,8 @@ def test_a_bad_batch_does_not_poison_the_centre(small, store_path, tmp_path, mon
     recipe = replace(small["dino, ema"], run=replace(small["dino, ema"].run, steps=4))
     plain = loop._forward
 
-    def forward(learner: Learner, batch: Any, step: int) -> StepResult:
-        return plain(learner, replace(batch, globals=batch.globals * torch.nan) if step == 1 else batch, step)
+    def forward(replica: Replica, batch: Any, step: int) -> StepResult:
+        return plain(replica, replace(batch, globals=batch.globals * torch.nan) if step == 1 else batch, step)
 
     monkeypatch.setattr(loop, "_forward", forward)
     pretrain(recipe, store_path, tmp_path / "run")
@@ -379,19 +397,19 @@ def test_ten_bad_steps_in_a_row_end_the_run(small, store_path, tmp_path, poison)
 def test_a_full_disk(small, store_path, tmp_path, monkeypatch):
     """The checkpoint before stays whole, nothing half-written is left, and the same command goes on."""
     recipe = replace(small["lejepa"], run=replace(small["lejepa"].run, steps=6, checkpoint_every=2))
-    plain = torch.save
+    plain = checkpoint.save_file
 
-    def save(record: Any, path: Path) -> None:
-        if record["step"] == 4:
+    def save(tensors: Any, path: Path, metadata: Any) -> None:
+        if "00000004" in str(path):
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(record, path)
+        plain(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", save)
+        patch.setattr(checkpoint, "save_file", save)
         with pytest.raises(DiskFull, match="free some space and run the same command again"):
             pretrain(recipe, store_path, tmp_path / "run")
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     pretrain(recipe, store_path, tmp_path / "run")
     pretrain(recipe, store_path, tmp_path / "whole")
     same_end(tmp_path / "whole", tmp_path / "run")

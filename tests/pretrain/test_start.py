@@ -10,6 +10,7 @@ from hilum.encode.contract import Contract
 from hilum.encode.encoder import read_encoder, write_encoder
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.errors import CheckpointError, UsageError
+from hilum.pretrain.checkpoint import last_checkpoint, read_learner
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.presets import RECIPES
@@ -34,7 +35,7 @@ def run(small, store_path, tmp_path_factory):
 
 
 def last_learner(out):
-    return torch.load(sorted((out / "checkpoints").glob("*.pt"))[-1], weights_only=True)["learner"]
+    return read_learner(last_checkpoint(out / "checkpoints"))[0]
 
 
 # ---- from a run
@@ -183,8 +184,8 @@ def test_other_transformers_are_refused_with_the_settings_to_change(run, tmp_pat
 def test_a_checkpoint_that_is_broken_or_no_file_at_all_is_an_error_of_the_user(tmp_path):
     with pytest.raises(UsageError, match="holds no weights"):
         read_start(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-00000001.pt").write_bytes(b"x" * 100)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "index.json").write_bytes(b"x" * 100)
     (tmp_path / "run.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_start(tmp_path)

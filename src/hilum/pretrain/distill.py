@@ -17,7 +17,7 @@ from hilum.pretrain.heads import PrototypeHead, make_mlp
 from hilum.pretrain.loader import Batch
 from hilum.pretrain.losses import gram_loss, invariance, koleo, sigreg
 from hilum.pretrain.prototypes import Assignments, centred_softmax, dino_loss, ibot_loss, mean_logits, sinkhorn_knopp
-from hilum.pretrain.ranks import all_sum, num_ranks
+from hilum.pretrain.ranks import all_sum, local, num_ranks
 from hilum.pretrain.recipe import Recipe
 
 
@@ -80,9 +80,9 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> StepResult:
         """One step's losses. `step` seeds the drop path and SigReg's directions."""
-        local = [] if batch.locals is None else [batch.locals]
+        small = [] if batch.locals is None else [batch.locals]
         generator = step_generator(self.recipe.run.seed, step, 0)
-        crops, masks = [batch.globals, *local], [batch.masks, *[None] * len(local)]
+        crops, masks = [batch.globals, *small], [batch.masks, *[None] * len(small)]
         tokens = self.student_backbone().encode_crops(crops, masks, generator)
         parts: dict[str, Tensor] = {}
         objective = self._distil if self.distils(step) else self._join_views
@@ -219,8 +219,6 @@ class Learner(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float, step: int) -> None:
         """teacher ← m·teacher + (1 − m)·student, after the optimiser's step, with the updated student (DINO)."""
-        ours: list[Tensor] = list(self.teacher.parameters())
-        theirs: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)
+        torch._foreach_lerp_(local(self.teacher.parameters()), local(self.student.parameters()), 1 - momentum)
         if self.recipe.objective.gram_weight and step + 1 in self.recipe.gram_steps:
             self.gram.load_state_dict(self.teacher_backbone().state_dict())

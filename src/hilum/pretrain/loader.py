@@ -52,6 +52,10 @@ class Batch:
     num_rejected: float
     gram: Tensor | None = None
 
+    @property
+    def num_slices(self) -> int:
+        return self.points.shape[1]
+
     def to(self, device: torch.device) -> "Batch":
         return _to(self, device)
 
@@ -277,5 +281,5 @@ def _begin_worker(_: int) -> None:
     """One thread: there are as many workers as cores. Ctrl-C, `timeout` and batch systems signal every process of a run, but
     only the loop acts on it: it still needs its workers, and ends them itself."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -2,30 +2,47 @@
 
 A run folder explains itself: run.json (recipe, versions, device, store, status), metrics.jsonl (one line a step),
 tensorboard/, checkpoints/, export/. The same command on the same folder goes on where it stopped.
+
+On several ranks (docs/distributed.md) every one runs this loop in step with the others; the first alone writes, checkpoints
+apart, of which each writes its share.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
 import torch
+from torch import Tensor
+from torch.optim import AdamW
 
 from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import pick_device, write_encoder
-from hilum.errors import CheckpointError, Interrupted, TrainingDiverged
-from hilum.pretrain.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
+from hilum.encode.encoder import write_encoder
+from hilum.encode.vit import ViT
+from hilum.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    CheckpointError,
+    Interrupted,
+    TrainingDiverged,
+    UsageError,
+)
+from hilum.pretrain import ranks
+from hilum.pretrain.checkpoint import CheckpointWriter, clear_unfinished, last_checkpoint, read_checkpoint
 from hilum.pretrain.distill import Learner, StepResult
 from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
-from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.parallel import Replica, joined
+from hilum.pretrain.recipe import Recipe, Run
 from hilum.pretrain.start import check_start, initialise
 from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
@@ -51,92 +68,156 @@ def pretrain(
     returns   the record in run.json
 
     Raises CheckpointError when `out` holds another recipe's or store's run, TrainingDiverged when the loss stays
-    non-finite, Interrupted after SIGINT or SIGTERM (with a checkpoint written).
+    non-finite, Interrupted after SIGINT, SIGTERM or SIGUSR1 (with a checkpoint written). What all ranks meet alike is raised
+    on the first; the others raise SystemExit with its exit code.
     """
     store, out = Store(data), Path(out)
-    torch_device = pick_device(device)
-    record = _open_run(out, recipe, store, torch_device)
-    if record["status"] == "finished":
+    with joined(device) as own_device:
+        _check_shares(recipe.run)
+        record = ranks.on_first(lambda: _open_run(out, recipe, store, own_device))
+        if record["status"] == "finished":
+            return record
+        contract = contract_of(recipe)
+        slices = Slices(store, recipe, contract)
+        torch.manual_seed(recipe.run.seed)
+        learner = Learner(recipe).to(own_device)
+        found, start = ranks.on_first(lambda: _find_checkpoint(out)), 0
+        if found:
+            check_start(recipe, record)
+        else:
+            record["start"] = initialise(learner, recipe)
+            if ranks.rank() == 0:
+                write_json(out / "run.json", record)
+        replica = Replica(learner, recipe.run)
+        optimiser = make_optimiser(learner.student, recipe)
+        if found:
+            start = read_checkpoint(found, learner, optimiser, recipe.hash)
+        _train(replica, optimiser, slices, out, start, progress if ranks.rank() == 0 else None)
+        weights = replica.teacher_weights()
+        if ranks.rank() == 0:
+            record |= {"status": "finished", "contract": contract.hash, "num_slices": slices.num_slices}
+            _export(out, recipe, contract, record, weights)
+            write_json(out / "run.json", record)
         return record
-    contract = contract_of(recipe)
-    slices = Slices(store, recipe, contract)
-    torch.manual_seed(recipe.run.seed)
-    learner = Learner(recipe).to(torch_device)
-    optimiser = make_optimiser(learner.student, recipe)
-    recipe_hash, start = record["recipe_hash"], 0
-    if found := last_checkpoint(out / "checkpoints"):
-        check_start(recipe, record)
-        start = read_checkpoint(found, learner, optimiser, recipe_hash)
-    else:
-        record["start"] = initialise(learner, recipe)
-        write_json(out / "run.json", record)
 
+
+def _train(
+    replica: Replica, optimiser: AdamW, slices: Slices, out: Path, start: int, progress: Progress | None
+) -> None:
+    """All steps from `start`, with checkpoints. Every rank runs this; only the first has a log."""
+    recipe, device = slices.recipe, next(replica.learner.parameters()).device
+    log = _Log(out, start) if ranks.rank() == 0 else None
     stop = _StopSignal()
-    with stop, _Log(out, start) as log, contextlib.closing(batches(slices, start, device=torch_device)) as stream:
+    saver = CheckpointWriter(out / "checkpoints", recipe.hash)
+    with stop, log or contextlib.nullcontext(), saver, contextlib.closing(_steps(slices, start, device)) as stream:
         bad_steps = 0
-        for step, batch in enumerate(stream, start):
+        for step, parts in enumerate(stream, start):
             began = time.perf_counter()
-            line = train_step(learner, optimiser, batch, step)
+            line = train_step(replica, optimiser, parts, step)
             bad_steps = bad_steps + 1 if "skipped" in line else 0
-            log.write(line, seconds=time.perf_counter() - began)
+            if log:
+                log.write(line, seconds=time.perf_counter() - began)
             if progress:
                 progress(step + 1, recipe.run.steps, f"pre-training, loss {line['loss']:.3f}")
             if bad_steps >= MAX_BAD_STEPS:
-                raise TrainingDiverged(_explain_divergence(step, learner))
+                saver.settle(wait=True)
+                raise ranks.agreed(TrainingDiverged(_explain_divergence(step, replica.learner)))
             finished = step + 1
-            if finished % recipe.run.checkpoint_every == 0 or finished == recipe.run.steps or stop.signal:
-                log.flush()
-                write_checkpoint(out / "checkpoints", learner, optimiser, finished, recipe_hash)
-            if stop.signal and finished < recipe.run.steps:
-                raise Interrupted(_explain_stop(stop.signal, finished, recipe), 128 + stop.signal)
-    facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe_hash, "store_hash": store.hash}
-    if record.get("start"):
-        facts["start"] = record["start"]["summary"]
-    write_encoder(out / "export", learner.teacher_backbone(), contract, facts)
-    record |= {"status": "finished", "contract": contract.hash, "num_slices": slices.num_slices}
-    write_json(out / "run.json", record)
-    return record
+            stopped = stop.anywhere()
+            saver.settle()
+            if finished % recipe.run.checkpoint_every == 0 or finished == recipe.run.steps or stopped:
+                if log:
+                    log.flush()
+                saver.save(replica.learner, optimiser, finished)
+            if stopped and finished < recipe.run.steps:
+                saver.settle(wait=True)
+                raise ranks.agreed(Interrupted(_explain_stop(stopped, finished, recipe), _EXIT_CODES[stopped]))
+        saver.settle(wait=True)
 
 
-def train_step(learner: Learner, optimiser: torch.optim.AdamW, batch: Batch, step: int) -> dict[str, Any]:
-    """One whole step; returns its line of metrics.jsonl. A step whose numbers are not finite changes no weight."""
-    result = _forward(learner, batch, step)
-    updated = _update(learner, optimiser, learner.recipe, result, step)
-    line: dict[str, Any] = {"step": step, "loss": float(result.loss.detach())}
-    line |= updated or {"skipped": 1}
-    line |= {name: float(value.detach()) for name, value in result.parts.items()}
-    line |= {"foreground": batch.foreground, "num_rejected": batch.num_rejected}
-    if updated and step % learner.recipe.run.health_every == 0:
-        line |= feature_health(result.features)
+def train_step(replica: Replica, optimiser: AdamW, batches: Sequence[Batch], step: int) -> dict[str, Any]:
+    """One whole step; returns its line of metrics.jsonl, averaged over ranks and micro-batches.
+
+    batches  this rank's micro-batches
+
+    A step whose loss or gradient is not finite, on any rank, changes no weight on all of them.
+    """
+    learner, recipe = replica.learner, replica.learner.recipe
+    learner.train()
+    lr = set_schedules(optimiser, recipe, step)
+    optimiser.zero_grad(set_to_none=True)
+    results = []
+    for number, batch in enumerate(batches, 1):
+        with replica.holding_back(number < len(batches)):
+            result = _forward(replica, batch, step)
+            # One rank's NaN becomes every rank's when gradients are averaged, so all skip the step without asking.
+            scale = torch.where(result.loss.detach().isfinite(), 1 / len(batches), torch.nan)
+            (result.loss * scale).backward()  # type: ignore[no-untyped-call]
+            results.append(replace(result, loss=result.loss.detach()))
+    norms = clip_gradients(learner.student, recipe.optimiser.clip)
+    updated = all(map(math.isfinite, norms.values()))
+    if updated:
+        optimiser.step()
+        learner.update_teacher(momentum(recipe, step), step)
+    line: dict[str, Any] = {"step": step, **_averages(results, batches)}
+    line |= {"lr": lr, **{f"grad_{name}": norm for name, norm in norms.items()}} if updated else {"skipped": 1}
+    if updated and step % recipe.run.health_every == 0:
+        line |= feature_health(torch.cat([result.features for result in results]))  # of this rank's samples
     return line
 
 
-def _forward(learner: Learner, batch: Batch, step: int) -> StepResult:
-    learner.train()
-    bf16 = learner.recipe.run.precision == "bf16"
+def _forward(replica: Replica, batch: Batch, step: int) -> StepResult:
+    bf16 = replica.learner.recipe.run.precision == "bf16"
     with torch.autocast(batch.globals.device.type, torch.bfloat16, enabled=bf16):
-        result: StepResult = learner(batch, step)
-    return result
+        return replica.forward(batch, step)
 
 
-def _update(
-    learner: Learner, optimiser: torch.optim.AdamW, recipe: Recipe, result: StepResult, step: int
-) -> dict[str, float] | None:
-    """Backward, clip, step, teacher. Returns what is worth a line in the log.
+def _averages(results: Sequence[StepResult], batches: Sequence[Batch]) -> dict[str, float]:
+    """Loss, its parts and facts of the crops: means over micro-batches and ranks, all in one message."""
+    rows = [{"loss": result.loss, **result.parts} for result in results]
+    names = list(
+        dict.fromkeys(name for row in rows for name in row)
+    )  # some micro-batches may lack a part, on all ranks
+    learnt = torch.stack([torch.stack([row[name].double() for row in rows if name in row]).mean() for name in names])
+    crops = torch.tensor([[b.foreground, b.num_rejected] for b in batches], dtype=torch.float64).mean(0)
+    means = ranks.all_mean(torch.cat([learnt, crops.to(learnt.device)]))
+    return dict(zip([*names, "foreground", "num_rejected"], means.tolist()))
 
-    When the loss or a gradient is not finite, nothing is updated and None comes back.
-    """
-    if not bool(torch.isfinite(result.loss)):
-        return None
-    lr = set_schedules(optimiser, recipe, step)
-    optimiser.zero_grad(set_to_none=True)
-    result.loss.backward()  # type: ignore[no-untyped-call]
-    norms = clip_gradients(learner.student, recipe.optimiser.clip)
-    if not all(bool(torch.isfinite(norm)) for norm in norms.values()):
-        return None
-    optimiser.step()
-    learner.update_teacher(momentum(recipe, step), step)
-    return {"lr": lr, **{f"grad_{name}": float(norm) for name, norm in norms.items()}}
+
+def _check_shares(run: Run) -> None:
+    share = ranks.num_ranks() * run.accumulate
+    if run.batch_size % share:
+        raise ranks.agreed(
+            UsageError(
+                f"run.batch_size {run.batch_size} cannot be shared by {ranks.num_ranks()} ranks × {run.accumulate} "
+                f"micro-batches; choose a multiple of {share}"
+            )
+        )
+
+
+def _steps(slices: Slices, start: int, device: torch.device) -> Generator[list[Batch], None, None]:
+    """This rank's micro-batches of steps start, start + 1, …, on the device."""
+    accumulate = slices.recipe.run.accumulate
+    share = {"rank": ranks.rank(), "world": ranks.num_ranks(), "accumulate": accumulate}
+    with contextlib.closing(batches(slices, start, device=device, **share)) as stream:
+        while step := list(itertools.islice(stream, accumulate)):
+            yield step
+
+
+def _find_checkpoint(out: Path) -> Path | None:
+    clear_unfinished(out / "checkpoints")
+    return last_checkpoint(out / "checkpoints")
+
+
+def _export(out: Path, recipe: Recipe, contract: Contract, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """The teacher's backbone as an encoder."""
+    facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe.hash}
+    facts["store_hash"] = record["store_hash"]
+    if record.get("start"):
+        facts["start"] = record["start"]["summary"]
+    backbone = ViT(recipe.model)
+    backbone.load_state_dict(weights)
+    write_encoder(out / "export", backbone, contract, facts)
 
 
 def _explain_stop(number: signal.Signals, finished: int, recipe: Recipe) -> str:
@@ -190,8 +271,15 @@ def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> 
     return record
 
 
+_EXIT_CODES = {
+    signal.SIGINT: EXIT_INTERRUPTED,
+    signal.SIGTERM: EXIT_TERMINATED,
+    signal.SIGUSR1: EXIT_TERMINATED,  # what SLURM is asked to send before the time is up
+}
+
+
 class _StopSignal:
-    """Remembers SIGINT or SIGTERM, so that the loop can stop after a whole step. A second one stops at once."""
+    """Remembers a signal, so that the loop can stop after a whole step. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -199,7 +287,7 @@ class _StopSignal:
 
     def __enter__(self) -> "_StopSignal":
         with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _EXIT_CODES:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -207,9 +295,15 @@ class _StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def anywhere(self) -> signal.Signals | None:
+        """The signal that any rank has got; all ranks ask after the same step and stop together."""
+        found = int(ranks.all_max(torch.tensor(self.signal or 0, device=ranks.device())))
+        return signal.Signals(found) if found else None
+
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
 
 class _Log:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hilum.pretrain import ranks
 from hilum.pretrain.recipe import Optimiser, Recipe
 
 
@@ -81,6 +82,17 @@ def set_schedules(optimiser: torch.optim.AdamW, recipe: Recipe, step: int) -> fl
     return lr
 
 
-def clip_gradients(student: nn.ModuleDict, largest: float) -> dict[str, torch.Tensor]:
-    """Clip each module's gradient norm on its own; returns the norms before clipping."""
-    return {name: nn.utils.clip_grad_norm_(module.parameters(), largest) for name, module in student.items()}
+@torch.no_grad()
+def clip_gradients(student: nn.ModuleDict, largest: float) -> dict[str, float]:
+    """Clip each module's gradient norm on its own; returns the norms before clipping, of the modules that have gradients.
+
+    Under FSDP, where a rank holds some rows of each gradient, the norm is that of all rows.
+    """
+    grads = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in student.items()}
+    local = {name: ranks.local(found) for name, found in grads.items() if found}
+    norms = torch.stack([torch.stack(torch._foreach_norm(found)).norm() for found in local.values()])
+    if any(ranks.is_sharded(grad) for found in grads.values() for grad in found):
+        norms = ranks.all_sum(norms.square()).sqrt()
+    for found, norm in zip(local.values(), norms):
+        torch._foreach_mul_(found, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return dict(zip(local, norms.tolist()))

@@ -186,6 +186,10 @@ SETTINGS: dict[str, Setting] = {
     "run.precision": Setting(
         "choice", "of the matrix products; losses are fp32", "ours", "bf16 needs no loss scaling; papers: fp16"
     ),
+    "run.accumulate": Setting(
+        "micro-batches", "a step", "ours", "1 couples the whole batch, as the paper's devices do"
+    ),
+    "run.parallel": Setting("choice", "ddp: whole model each; fsdp: shared out", "ours", "B and L fit one device"),
     "run.recompute": Setting(
         "yes/no", "keep only the inputs of blocks (activation checkpointing)", "ours", "the batches fit without"
     ),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilum.pretrain.ranks import all_mean, all_sum
+from hilum.pretrain.ranks import all_sum
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}  # of logits at once: within a CPU's cache, enough to fill a GPU
 
@@ -61,9 +61,9 @@ def centred_softmax(unit_Md: Tensor, prototypes_Kd: Tensor, center_K: Tensor, te
 
 @torch.no_grad()
 def mean_logits(unit_Md: Tensor, prototypes_Kd: Tensor) -> Tensor:
-    """The mean over all rows of all ranks, (K,)."""
+    """The mean over all rows of all ranks, (K,); ranks may have different numbers of hidden patches."""
     with torch.autocast(unit_Md.device.type, enabled=False):
-        return prototypes_Kd @ all_mean(unit_Md.mean(0))
+        return prototypes_Kd @ (all_sum(unit_Md.sum(0)) / all_sum(unit_Md.new_tensor(len(unit_Md))))
 
 
 def _kernel(unit_Md: Tensor, prototypes_Kd: Tensor, temperature: float) -> Tensor:

@@ -249,7 +249,10 @@ class Optimiser:
 class Run:
     """How long and how.
 
-    batch_size         slices a step
+    batch_size         slices a step, over all ranks and micro-batches
+    accumulate         micro-batches a step. What couples samples (Sinkhorn, SigReg, KoLeo, BatchNorm) couples those of one
+                       micro-batch on all ranks, so the number of ranks changes no result and this setting does
+    parallel           "ddp": every rank has the whole model; "fsdp": weights, gradients and moments are shared out
     precision          "bf16": autocast with fp32 weights, losses in fp32; "fp32"
     recompute          activation checkpointing: less memory for one more student forward pass
     compile            torch.compile of each block; minutes of compiling, once
@@ -259,6 +262,8 @@ class Run:
 
     steps: int = 125_000
     batch_size: int = 64
+    accumulate: int = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: bool = False
@@ -270,8 +275,10 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("steps", "seed", "num_workers"):  # no step at all: the encoder is exported as it begins
             expect(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
-        for name in ("batch_size", "checkpoint_every", "health_every"):
+        for name in ("batch_size", "accumulate", "checkpoint_every", "health_every"):
             expect(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
+        shared = self.batch_size % max(self.accumulate, 1) == 0
+        expect(shared, "run.batch_size", self.batch_size, f"a multiple of run.accumulate, {self.accumulate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +336,6 @@ class Recipe:
 
         values = to_dict(self)
         del values["start_from"], values["needs_start"]
-        for name in ("num_workers", "checkpoint_every", "health_every"):
+        for name in ("parallel", "recompute", "compile", "num_workers", "checkpoint_every", "health_every"):
             del values["run"][name]
         return hash_json(values)

@@ -15,7 +15,7 @@ from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import interpolate_positions
 from hilum.encode.weights import Weights, account, read_weights
 from hilum.errors import CheckpointError, UsageError
-from hilum.pretrain.checkpoint import last_checkpoint
+from hilum.pretrain.checkpoint import last_checkpoint, read_learner
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.recipe import Recipe
 from hilum.records import read_json
@@ -94,11 +94,7 @@ def read_start(path: str | Path) -> Start:
     found = last_checkpoint(path / "checkpoints")
     if found is None:
         return Start(read_weights(path / "export" if (path / "run.json").is_file() else path), {}, None)
-    try:
-        record = torch.load(found, map_location="cpu", weights_only=True, mmap=True)
-        learner, step = record["learner"], int(record["step"])
-    except Exception as error:  # torch raises whatever its unpickler meets; the cause goes into the message
-        raise CheckpointError(f"{found} cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    learner, step = read_learner(found)
     where = f"{path}/run.json"
     config = from_dict(ViTConfig, read_json(path / "run.json")["recipe"]["model"], where)
     prefix = "teacher.backbone."
