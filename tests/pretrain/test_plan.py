@@ -14,6 +14,7 @@ from hilum.pretrain.cost import memory
 from hilum.pretrain.plan import DEVICES, USABLE, Hardware, format_plan, parse_hardware, plan
 from hilum.pretrain.presets import RECIPES
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.sampling import count_slices
 from hilum.settings import override
 
 
@@ -71,12 +72,10 @@ def test_the_largest_batch_is_the_largest():
 
 
 def test_what_the_store_says(store_path):
-    from hilum.pretrain.loader import training_slices
-
     store = Store(store_path)
     recipe = override(RECIPES["tiny"], ["views.min_image_foreground=0.45"])
     made = plan(recipe, store, parse_hardware("2xcpu"))
-    assert 0 < value(made, "training slices") == len(training_slices(store, 0.45)[0]) < store.num_slices
+    assert 0 < value(made, "training slices") == count_slices(store, 0.45).sum() < store.num_slices
     assert value(made, "epochs") == pytest.approx(800 * 48 / value(made, "training slices"))
     size = sum(volume_path(store_path, key).stat().st_size for key in store.sorted_keys())
     assert value(made, "reading") == pytest.approx(value(made, "images a second") * size / store.num_slices)
@@ -116,7 +115,7 @@ def test_memory_is_cured_by_the_least_that_does():
     assert advice.startswith("--set run.recompute=true")
     assert memory(RECIPES["curia2-b"], 256, checkpoint_blocks=True).total < 0.9 * 64e9
     _, advice = limit(RECIPES["curia2-g"], "16xA100-64GB")
-    assert advice.startswith("--set run.recompute=true, and share weights and moments out")
+    assert advice == "--set run.recompute=true --set run.parallel=fsdp"
     _, advice = limit(RECIPES["curia2-g"], "8xA100-64GB")
     pieces = int(re.search(r"accumulate over (\d+) micro-batches", advice).group(1))  # type: ignore[union-attr]
     assert 320 % pieces == 0
@@ -127,7 +126,7 @@ def test_memory_is_cured_by_the_least_that_does():
 
 def test_views_limit_fast_devices_with_few_workers():
     recipe = override(RECIPES["curia2-b"], ["run.num_workers=1", "run.batch_size=800"])
-    sentence, advice = limit(recipe, "8xH200")
+    sentence, advice = limit(recipe, "8xB200")
     assert sentence.startswith("What limits it: making views: 3 cores a device")
     assert advice.startswith("--set run.num_workers=3")
     assert "compute" in limit(override(recipe, ["run.num_workers=3"]), "8xH200")[0]
@@ -203,3 +202,15 @@ def test_recompute_costs_time_and_saves_memory():
     assert value(lean, "  without recompute") == value(plain, "memory a device")
     assert "What limits it: memory" in plain.limit
     assert "What limits it: compute" in lean.limit
+
+
+def test_micro_batches_and_shared_weights_are_reckoned():
+    hardware = parse_hardware("8xA100")
+    whole = plan(RECIPES["curia2-b"], None, hardware)
+    recipe = override(RECIPES["curia2-b"], ["run.accumulate=4", "run.parallel=fsdp"])
+    shared = plan(recipe, None, hardware)
+    assert value(shared, "batch a device") == value(whole, "batch a device") / 4 == 120
+    assert value(shared, "  weights") == value(whole, "  weights") / 8
+    assert value(shared, "memory a device") == memory(recipe, 120, shards=8).total
+    sentence, _ = limit(override(RECIPES["curia2-b"], ["run.accumulate=3", "run.batch_size=3840"]), "32xA100")
+    assert "evenly" not in sentence

@@ -22,7 +22,7 @@ from hilum.terminal import WIDTH, wrap_row
 UTILISATION = 0.3
 UTILISATION_WHY = "assumed; DINOv2's published runs reach 31 to 39 % of an A100, Curia-2's 8 to 19 %"
 USABLE = 0.9  # of a device's memory; the rest goes to its context, chunks of logits and gaps between tensors
-VIEW_S = 0.003  # one core, ten crops of a 512×512 slice
+VIEW_S = 0.0015  # one core reads a 512×512 slice and draws its views; a GPU makes the pixels
 CHECKPOINTS_KEPT = 3  # the last two, and the one being written
 MANY_EPOCHS = 200  # DINOv2's short recipe on ImageNet-1k
 FAST_DISK = 1e9  # bytes/s that ask for more than an ordinary network file system
@@ -30,7 +30,7 @@ FAST_DISK = 1e9  # bytes/s that ask for more than an ordinary network file syste
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates in FLOP/s of dense matrix products, from the data sheet, and memory in bytes (None: the machine's)."""
+    """Peak FLOP/s of dense matrix products, from the data sheet (H200: bf16 as measured); bytes of memory (None: the host's)."""
 
     bf16: float
     fp32: float
@@ -44,7 +44,7 @@ DEVICES = {
     "A100-40GB": Device(312e12, 19.5e12, 40e9),
     "B200": Device(2250e12, 75e12, 180e9),
     "H100": Device(989e12, 67e12, 80e9),
-    "H200": Device(989e12, 67e12, 141e9),
+    "H200": Device(790e12, 67e12, 141e9),
     "L4": Device(121e12, 30.3e12, 24e9),
     "L40S": Device(362e12, 91.6e12, 48e9),
     "MI300X": Device(1307e12, 163.4e12, 192e9),
@@ -151,14 +151,19 @@ def _time(recipe: Recipe, hardware: Hardware, utilisation: float | None) -> dict
 
 
 def _space(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
-    batch = math.ceil(recipe.run.batch_size / hardware.ranks)
-    recompute = recipe.run.recompute
-    held, other = (memory(recipe, batch, checkpoint_blocks=flag) for flag in (recompute, not recompute))
+    shares = hardware.ranks * recipe.run.accumulate
+    batch = math.ceil(recipe.run.batch_size / shares)
+    recompute, shards = recipe.run.recompute, _shards(recipe, hardware)
+    held, other = (memory(recipe, batch, checkpoint_blocks=flag, shards=shards) for flag in (recompute, not recompute))
     backbone, heads = backbone_parameters(recipe.model) / 1e6, head_parameters(recipe) / 1e6
     kept = "only the blocks' inputs kept" if recompute else "all activations kept"
+    pieces = f" and {recipe.run.accumulate} micro-batches" if recipe.run.accumulate > 1 else ""
+    model = "whole model on each" if shards == 1 else f"model shared out over {shards}"
     return {
-        "batch a device": Figure(batch, "slices", f"{recipe.run.batch_size:,} over {hardware.ranks:,}, all at once"),
-        "memory a device": Figure(held.total, "B", f"whole model on each, {kept}; the sum of:"),
+        "batch a device": Figure(
+            batch, "slices", f"at once: {recipe.run.batch_size:,} over {hardware.ranks:,} devices{pieces}"
+        ),
+        "memory a device": Figure(held.total, "B", f"{model}, {kept}; the sum of:"),
         "  weights": Figure(held.weights, "B", f"fp32; {backbone:.1f} M in the backbone, {heads:.1f} M in the heads"),
         "  casts": Figure(held.casts, "B", "weights in bf16, kept by autocast"),
         "  gradients": Figure(held.gradients, "B", "fp32"),
@@ -180,6 +185,10 @@ def _space(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
     }
 
 
+def _shards(recipe: Recipe, hardware: Hardware) -> int:
+    return hardware.ranks if recipe.run.parallel == "fsdp" else 1
+
+
 def _again(recipe: Recipe) -> float:
     """FLOPs that recompute adds: the student's forward pass once more, as a share of all."""
     flops = flops_per_image(recipe)
@@ -197,12 +206,14 @@ def _room(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
         return max(int((USABLE * size - empty) / (one - empty)), 0)
 
     ways = {
-        "largest batch a device": Figure(largest(False, 1), "slices", f"at once, in {USABLE:.0%} of {size / 1e9:g} GB"),
-        "  recomputed": Figure(largest(True, 1), "slices", "with run.recompute"),
+        "largest batch a device": Figure(
+            largest(False, _shards(recipe, hardware)), "slices", f"at once, in {USABLE:.0%} of {size / 1e9:g} GB"
+        ),
+        "  recomputed": Figure(largest(True, _shards(recipe, hardware)), "slices", "with run.recompute"),
     }
-    if hardware.ranks > 1:
+    if hardware.ranks > 1 and recipe.run.parallel == "ddp":
         shared = largest(True, hardware.ranks)
-        ways["  and shared out"] = Figure(shared, "slices", f"and weights and moments over {hardware.ranks} (FSDP)")
+        ways["  and shared out"] = Figure(shared, "slices", f"and run.parallel=fsdp over {hardware.ranks}")
     return ways
 
 
@@ -225,9 +236,12 @@ def _judge(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]) -> tu
     if not recipe.run.steps:
         return "Nothing limits it: no step is trained.", []
     found: list[tuple[str, str]] = []
-    batch, ranks = recipe.run.batch_size, hardware.ranks
-    if batch % ranks:
-        found.append((f"the batch: {batch:,} slices cannot be shared out evenly over {ranks}", _split(batch, ranks)))
+    batch, ranks, pieces = recipe.run.batch_size, hardware.ranks, recipe.run.accumulate
+    if batch % (ranks * pieces):
+        shares = f"{ranks}" if pieces == 1 else f"{ranks} × {pieces} micro-batches"
+        found.append(
+            (f"the batch: {batch:,} slices cannot be shared out evenly over {shares}", _split(batch, ranks * pieces))
+        )
     found += _judge_memory(recipe, hardware, figures)
     workers = math.ceil(figures["images a second"].value / ranks * VIEW_S)
     if recipe.run.num_workers and workers > recipe.run.num_workers:
@@ -261,7 +275,7 @@ def _judge_memory(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]
     need = f"memory: {_text(figures['memory a device'])}, where a device has {size / 1e9:g} GB"
     ways = {
         "--set run.recompute=true": "  recomputed",
-        "--set run.recompute=true, and share weights and moments out over the devices (FSDP)": "  and shared out",
+        "--set run.recompute=true --set run.parallel=fsdp": "  and shared out",
     }
     room = 0.0
     for way, name in ways.items():
@@ -273,16 +287,12 @@ def _judge_memory(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]
         return [
             (
                 need,
-                "not even one slice fits: take devices with more memory, or more of them and share weights out (FSDP)",
+                "not even one slice fits: take devices with more memory, or more of them with --set run.parallel=fsdp",
             )
         ]
     pieces = next(n for n in range(math.ceil(batch / room), int(batch) + 1) if n == batch or batch % n == 0)
-    return [
-        (
-            need,
-            f"do both, and accumulate over {pieces} micro-batches or take {math.ceil(batch / room)} times the devices",
-        )
-    ]
+    more = f"--set run.accumulate={recipe.run.accumulate * pieces}, or {math.ceil(batch / room)} times the devices"
+    return [(need, f"--set run.recompute=true --set run.parallel=fsdp, and {more}")]
 
 
 def _judge_data(recipe: Recipe, figures: dict[str, Figure]) -> list[tuple[str, str]]:
