@@ -117,7 +117,7 @@ def test_memory_is_cured_by_the_least_that_does():
     _, advice = limit(RECIPES["curia2-g"], "16xA100-64GB")
     assert advice == "--set run.recompute=true --set run.parallel=fsdp"
     _, advice = limit(RECIPES["curia2-g"], "8xA100-64GB")
-    pieces = int(re.search(r"accumulate over (\d+) micro-batches", advice).group(1))  # type: ignore[union-attr]
+    pieces = int(re.search(r"accumulate=(\d+)", advice).group(1))  # type: ignore[union-attr]
     assert 320 % pieces == 0
     assert memory(RECIPES["curia2-g"], 320 // pieces, checkpoint_blocks=True, shards=8).total < 0.9 * 64e9
     _, advice = limit(RECIPES["curia2-g"], "L4")

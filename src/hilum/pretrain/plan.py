@@ -30,7 +30,7 @@ FAST_DISK = 1e9  # bytes/s that ask for more than an ordinary network file syste
 
 @dataclass(frozen=True)
 class Device:
-    """Peak FLOP/s of dense matrix products, from the data sheet (H200: bf16 as measured); bytes of memory (None: the host's)."""
+    """Peak FLOP/s of dense matrix products, from the data sheet (H200: bf16 as measured); bytes of memory (None: the host)."""
 
     bf16: float
     fp32: float
