@@ -52,10 +52,6 @@ class Batch:
     num_rejected: float
     gram: Tensor | None = None
 
-    @property
-    def num_slices(self) -> int:
-        return self.points.shape[1]
-
     def to(self, device: torch.device) -> "Batch":
         return _to(self, device)
 
