@@ -126,8 +126,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def _ask_teacher(self, batch: Batch, hidden: Tensor, step: int) -> tuple[Tensor, Assignments]:
         """Targets of the unmasked global crops: (G, B, K), and those of the patches that the student does not see."""
-        self.teacher.eval()
-        seen = self.teacher_backbone()(batch.globals)
+        seen = self.teacher_backbone().eval()(batch.globals)  # its heads normalise by the batch, as the student's do
         temperature = self.teacher_temperature(step)
         cls = self._assign("dino", seen.cls, temperature).rows(slice(None))
         patches = self._assign("ibot", seen.patches.flatten(0, 1)[hidden], temperature)
