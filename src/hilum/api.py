@@ -1,7 +1,10 @@
 """Every command as a Python function of the same name: `from hilum import api`, then `api.prepare(...)`."""
 
+from pathlib import Path
+from typing import Any
+
 from hilum.archive.doctor.inspect import inspect
-from hilum.archive.doctor.overview import show
+from hilum.archive.doctor.overview import show as show_archive
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
@@ -9,6 +12,15 @@ from hilum.demo import demo
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
+from hilum.pretrain.report import show_run
 from hilum.probe.fit import probe
 
 __all__ = ["demo", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "scan", "show"]
+
+
+def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """One HTML page: of a run folder (`hilum.pretrain.report.show_run`), or of a ledger or store, with the options of
+    `hilum.archive.doctor.overview.show`."""
+    if (Path(thing) / "run.json").is_file():
+        return show_run(thing, out)
+    return show_archive(thing, out, **options)

@@ -256,13 +256,19 @@ def inspect(
 
 @app.command()
 def show(
-    thing: Annotated[Path, typer.Argument(help="A ledger from hilum scan, or a store.")],
+    thing: Annotated[Path, typer.Argument(help="A run of hilum pretrain, a ledger from hilum scan, or a store.")],
     out: Out,
     archive: Annotated[Path | None, typer.Option(help="The folder that was scanned, for thumbnails.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """One HTML page about a whole archive: counts, reasons, geometry, thumbnails."""
+    """One HTML page: about a pre-training run, or about a whole archive."""
+    if (thing / "run.json").is_file():
+        from hilum.pretrain.report import show_run
+
+        told = show_run(thing, out)
+        _print(told, as_json, f"{out}: {told['num_steps']:,} steps, {told['num_events']:,} events")
+        return
     from hilum.archive.doctor.overview import show as run
     from hilum.terminal import Reporter
 

@@ -40,6 +40,10 @@ def pretrain(
     start_from: Annotated[
         str | None, typer.Option("--from", help="First weights: a run, an encoder, DINOv2 or DINOv3 (start_from).")
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels of an online probe: CSV or Parquet, as for probe.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Column of the labels that the online probe predicts.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes instead.")] = False,
     show: Annotated[
@@ -65,10 +69,10 @@ def pretrain(
         )
     chosen = _choose(recipe, sets, seed, start_from)
     from hilum.pretrain.loop import pretrain as run
-    from hilum.terminal import Reporter
+    from hilum.pretrain.panel import Panel
 
-    with Reporter(quiet) as progress:
-        record = run(chosen, data, out, device=device, progress=progress)
+    with Panel(quiet) as panel:
+        record = run(chosen, data, out, device=device, labels=labels, target=target, progress=panel, watch=panel.watch)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
         _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
 

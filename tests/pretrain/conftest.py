@@ -13,15 +13,15 @@ from hilum.pretrain.recipe import Objective, Optimiser, Recipe, Run, ViewSpec
 from hilum.volume import Volume
 
 
-def write_store(root: Path, num_volumes: int = 4, seed: int = 0) -> Path:
-    """Bodies of random shape on air: CT and MR in turn, (6, 48, 40)."""
+def write_store(root: Path, num_volumes: int = 4, seed: int = 0, size: tuple[float, float] = (0.5, 0.9)) -> Path:
+    """Bodies of random shape on air, `size` of the field: CT and MR in turn, (6, 48, 40)."""
     rng = np.random.default_rng(seed)
     open_for_writing(root, {"settings": {"seed": seed}})
     rows = []
     y, x = np.mgrid[-1:1:48j, -1:1:40j]
     for number in range(num_volumes):
         ct = number % 2 == 0
-        a, b = rng.uniform(0.5, 0.9, 2)
+        a, b = rng.uniform(*size, 2)
         body = (y / a) ** 2 + (x / b) ** 2 < 1
         texture = rng.normal(0, 60, (6, 48, 40)) + 200 * np.sin(rng.uniform(3, 9) * x + rng.uniform(0, 6))
         voxels = np.where(body, 40 + texture, -1000 if ct else 0)
@@ -46,6 +46,12 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(tmp_path_factory.mktemp("data") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def airy_store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Little anatomy in much air."""
+    return write_store(tmp_path_factory.mktemp("data") / "airy", size=(0.05, 0.3))
 
 
 LEJEPA = Recipe(

@@ -23,6 +23,7 @@ from hilum.encode.encoder import read_encoder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop
 from hilum.pretrain.distill import StepResult
+from hilum.pretrain.health import CLOCK
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.parallel import Replica
 from hilum.pretrain.recipe import Recipe
@@ -43,7 +44,7 @@ def stop_after(step: int):
 
 def numbers(out: Path) -> list[dict[str, Any]]:
     """The log without what a clock decides."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(out / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_lines(out / "metrics.jsonl")]
 
 
 def last_tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -126,6 +127,7 @@ RUNNER = """
 import sys, time
 from pathlib import Path
 from hilum.errors import HilumError
+from hilum.pretrain.health import CLOCK
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.recipe import Recipe
 from hilum.settings import from_dict

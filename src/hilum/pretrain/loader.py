@@ -220,6 +220,7 @@ def batches(
     world: int = 1,
     accumulate: int = 1,
     device: torch.device = CPU,
+    offset: int = 0,
 ) -> Generator[Batch, None, None]:
     """The micro-batches of one rank from a step on, made ahead by worker processes. Close it to end them.
 
@@ -227,6 +228,7 @@ def batches(
     accumulate   micro-batches of a rank in a step: micro-batch a of step s is the b = B / (accumulate · world) samples
                  from s·B + (a·world + rank)·b on
     device       where the batches are wanted; a GPU makes the pixels itself
+    offset       steps by which the data are ahead, after roll-backs
 
     Raises UsageError when B cannot be divided so, WorkerDied when a worker is ended from outside.
     """
@@ -239,7 +241,7 @@ def batches(
     loader = DataLoader(
         _MicroBatches(slices, rank, world, accumulate, _rendered_by_workers(device)),
         batch_size=None,
-        sampler=range(start_step * accumulate, run.steps * accumulate),
+        sampler=range((start_step + offset) * accumulate, (run.steps + offset) * accumulate),
         num_workers=run.num_workers,
         prefetch_factor=READ_AHEAD if run.num_workers else None,
         worker_init_fn=_begin_worker,

@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -39,12 +39,16 @@ from hilum.errors import (
 )
 from hilum.pretrain import ranks
 from hilum.pretrain.checkpoint import CheckpointWriter, clear_unfinished, last_checkpoint, read_checkpoint
+from hilum.pretrain.diagnose import Diagnosis
 from hilum.pretrain.distill import Learner, StepResult
 from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
+from hilum.pretrain.monitor import Monitor
+from hilum.pretrain.online import read_labelled
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.parallel import Replica, joined
 from hilum.pretrain.recipe import Recipe, Run
+from hilum.pretrain.rescue import Events, act
 from hilum.pretrain.start import check_start, initialise
 from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
@@ -53,6 +57,9 @@ from hilum.terminal import Progress
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MAX_BAD_STEPS = 10  # consecutive non-finite losses before giving up
 
+Watch = Callable[[dict[str, Any], Sequence[Diagnosis]], None]
+"""Called after each step with its log line, and with what is wrong when that was looked at."""
+
 
 def contract_of(recipe: Recipe) -> Contract:
     """What the exported encoder will expect: the sizes and the normalisation it was trained with."""
@@ -60,7 +67,15 @@ def contract_of(recipe: Recipe) -> Contract:
 
 
 def pretrain(
-    recipe: Recipe, data: str | Path, out: str | Path, *, device: str = "auto", progress: Progress | None = None
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    labels: str | Path | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Pre-train on a store; begins, goes on, or finds the run finished.
 
@@ -68,12 +83,16 @@ def pretrain(
     data      a store made by `prepare`
     out       run folder
     device    "auto" takes a CUDA device when there is one
+    labels    table whose column `target` an online probe predicts as training goes on; changes no weight
+    watch     called after each step with its log line and the verdict
     returns   the record in run.json
 
     Raises CheckpointError when `out` holds another recipe's or store's run, TrainingDiverged when the loss stays
-    non-finite, Interrupted after SIGINT, SIGTERM or SIGUSR1 (with a checkpoint written). What all ranks meet alike is raised
-    on the first; the others raise SystemExit with its exit code.
+    non-finite or the run collapses, Interrupted after SIGINT, SIGTERM or SIGUSR1 (with a checkpoint written). What all ranks
+    meet alike is raised on the first; the others raise SystemExit with its exit code.
     """
+    if (labels is None) != (target is None):
+        raise UsageError("an online probe needs both: labels= (a table) and target= (its column to predict)")
     store, out = Store(data), Path(out)
     with joined(device) as own_device:
         if own_device.type == "cpu":
@@ -84,20 +103,12 @@ def pretrain(
             return record
         contract = contract_of(recipe)
         slices = Slices(store, recipe, contract)
-        torch.manual_seed(recipe.run.seed)
-        learner = Learner(recipe).to(own_device)
-        found, start = ranks.on_first(lambda: _find_checkpoint(out)), 0
-        if found:
-            check_start(recipe, record)
-        else:
-            record["start"] = initialise(learner, recipe)
-            if ranks.rank() == 0:
-                write_json(out / "run.json", record)
-        replica = Replica(learner, recipe.run)
-        optimiser = make_optimiser(learner.student, recipe)
-        if found:
-            start = read_checkpoint(found, learner, optimiser, recipe.hash)
-        _train(replica, optimiser, slices, out, start, progress if ranks.rank() == 0 else None)
+        labelled = None if labels is None or target is None else read_labelled(store, contract, Path(labels), target)
+        rolled_back = True
+        while rolled_back:
+            replica, optimiser, start = _take_up(recipe, record, out, own_device)
+            monitor = Monitor(recipe, replica.learner, optimiser, slices, out, own_device, labelled)
+            rolled_back = _train(replica, optimiser, monitor, start, *((progress, watch) if ranks.rank() == 0 else ()))
         weights = replica.teacher_weights()
         if ranks.rank() == 0:
             record |= {"status": "finished", "contract": contract.hash, "num_slices": slices.num_slices}
@@ -106,27 +117,57 @@ def pretrain(
         return record
 
 
+def _take_up(recipe: Recipe, record: dict[str, Any], out: Path, device: torch.device) -> tuple[Replica, AdamW, int]:
+    """The newest checkpoint, or the first weights of a new run; and the number of finished steps."""
+    torch.manual_seed(recipe.run.seed)
+    learner = Learner(recipe).to(device)
+    found = ranks.on_first(lambda: _find_checkpoint(out))
+    if found:
+        check_start(recipe, record)
+    else:
+        record["start"] = initialise(learner, recipe)
+        if ranks.rank() == 0:
+            write_json(out / "run.json", record)
+    replica = Replica(learner, recipe.run)
+    optimiser = make_optimiser(learner.student, recipe)
+    return replica, optimiser, read_checkpoint(found, learner, optimiser, recipe.hash) if found else 0
+
+
 def _train(
-    replica: Replica, optimiser: AdamW, slices: Slices, out: Path, start: int, progress: Progress | None
-) -> None:
-    """All steps from `start`, with checkpoints. Every rank runs this; only the first has a log."""
-    recipe, device = slices.recipe, next(replica.learner.parameters()).device
+    replica: Replica, optimiser: AdamW, monitor: Monitor, start: int, progress: Progress | None = None,
+    watch: Watch | None = None,
+) -> bool:  # fmt: skip
+    """All steps from `start`, with checkpoints; True when an earlier checkpoint has to be taken up instead.
+
+    Every rank runs this; only the first has a log.
+    """
+    recipe, out, slices = monitor.recipe, monitor.out, monitor.slices
     log = _Log(out, start) if ranks.rank() == 0 else None
-    stop = _StopSignal()
+    stop, events = _StopSignal(), Events(out)
     saver = CheckpointWriter(out / "checkpoints", recipe.hash)
-    with stop, log or contextlib.nullcontext(), saver, contextlib.closing(_steps(slices, start, device)) as stream:
-        bad_steps = 0
+    offset = ranks.on_first(lambda: events.resume(start))
+    stream = _steps(slices, start, monitor.device, offset)
+    with stop, log or contextlib.nullcontext(), saver, contextlib.closing(stream):
+        monitor.restore(read_lines(out / "metrics.jsonl") if log else ())
+        bad_steps, ended = 0, time.perf_counter()
         for step, parts in enumerate(stream, start):
             began = time.perf_counter()
             line = train_step(replica, optimiser, parts, step)
+            seconds = time.perf_counter() - began
             bad_steps = bad_steps + 1 if "skipped" in line else 0
+            line |= monitor.observe(step, line, seconds, began - ended)
+            verdict = monitor.verdict()
             if log:
-                log.write(line, seconds=time.perf_counter() - began)
+                log.write(line, seconds=seconds)
+            if watch:
+                watch(line, verdict)
             if progress:
                 progress(step + 1, recipe.run.steps, f"pre-training, loss {line['loss']:.3f}")
             if bad_steps >= MAX_BAD_STEPS:
                 saver.settle(wait=True)
                 raise ranks.agreed(TrainingDiverged(_explain_divergence(step, replica.learner)))
+            if monitor.looks(step) and act(verdict, events, recipe, saver):
+                return True
             finished = step + 1
             stopped = stop.anywhere()
             saver.settle()
@@ -137,7 +178,9 @@ def _train(
             if stopped and finished < recipe.run.steps:
                 saver.settle(wait=True)
                 raise ranks.agreed(Interrupted(_explain_stop(stopped, finished, recipe), _EXIT_CODES[stopped]))
+            ended = time.perf_counter()
         saver.settle(wait=True)
+    return False
 
 
 def keep_freed_memory() -> None:
@@ -208,11 +251,11 @@ def _check_shares(run: Run) -> None:
         )
 
 
-def _steps(slices: Slices, start: int, device: torch.device) -> Generator[list[Batch], None, None]:
-    """This rank's micro-batches of steps start, start + 1, …, on the device."""
+def _steps(slices: Slices, start: int, device: torch.device, offset: int) -> Generator[list[Batch], None, None]:
+    """This rank's micro-batches of steps start, start + 1, …, on the device; the data are `offset` steps ahead."""
     accumulate = slices.recipe.run.accumulate
     share = {"rank": ranks.rank(), "world": ranks.num_ranks(), "accumulate": accumulate}
-    with contextlib.closing(batches(slices, start, device=device, **share)) as stream:
+    with contextlib.closing(batches(slices, start, device=device, offset=offset, **share)) as stream:
         while step := list(itertools.islice(stream, accumulate)):
             yield step
 

@@ -245,6 +245,9 @@ class Optimiser:
         expect(all(0 <= m <= 1 for m in self.momentum), "optimiser.momentum", self.momentum, "two numbers, 0 to 1")
 
 
+HOW = ("parallel", "recompute", "compile", "num_workers", "checkpoint_every")  # settings of `Run` that change no number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """How long and how.
@@ -258,6 +261,10 @@ class Run:
     compile            torch.compile of each block; minutes of compiling, once
     checkpoint_every   steps between checkpoints; at most so many are lost to a kill
     num_workers        processes that draw and render views; 0 does it in the training process
+    health_every       steps between measures of the batch and verdicts
+    probe_every        steps between encodings of 256 fixed slices: rank, k-NN, pictures; below 1 % of the work at 100
+    on_collapse        when the run collapses or diverges: "continue", "stop", or "roll_back" to the checkpoint before it and
+                       skip the slices since, at most three times
     """
 
     steps: int = 125_000
@@ -270,12 +277,14 @@ class Run:
     compile: bool = False
     checkpoint_every: int = 500
     health_every: int = 25
+    probe_every: int = 100
+    on_collapse: Literal["continue", "stop", "roll_back"] = "stop"
     num_workers: int = 4
 
     def __post_init__(self) -> None:
         for name in ("steps", "seed", "num_workers"):  # no step at all: the encoder is exported as it begins
             expect(getattr(self, name) >= 0, f"run.{name}", getattr(self, name), "at least 0")
-        for name in ("batch_size", "accumulate", "checkpoint_every", "health_every"):
+        for name in ("batch_size", "accumulate", "checkpoint_every", "health_every", "probe_every"):
             expect(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "at least 1")
         shared = self.batch_size % max(self.accumulate, 1) == 0
         expect(shared, "run.batch_size", self.batch_size, f"a multiple of run.accumulate, {self.accumulate}")
@@ -336,6 +345,6 @@ class Recipe:
 
         values = to_dict(self)
         del values["start_from"], values["needs_start"]
-        for name in ("parallel", "recompute", "compile", "num_workers", "checkpoint_every", "health_every"):
+        for name in (*HOW, "health_every", "probe_every", "on_collapse"):
             del values["run"][name]
         return hash_json(values)
