@@ -1,6 +1,6 @@
 """Curia-2's ablation ladder at the size of a CPU: what each change to DINOv2 does, judged on patients never trained on.
 
-    python benchmarks/quality/ablation.py DATA -o OUT [--steps 400] [--batch 32] [--seeds 0 1 2] [--workers 2]
+    python benchmarks/quality/ablation.py DATA -o OUT [--steps 300] [--batch 32] [--seeds 0 1 2] [--workers 2]
     python benchmarks/quality/ablation.py DATA -o OUT --report >> benchmarks/results/ablation_MACHINE_DATE.jsonl
 
 DATA holds slices/mr_brain_tumour_cheng (labels.csv) and nifti/ct_head_neck_openkbp (ct/, oar/, cases.csv). Pre-training sees
@@ -10,7 +10,7 @@ these and tested on tumour fold 3, the other OpenKBP patients and 12 other phant
 Rows 0 to 5 take from `ablation/N` what distinguishes it (filters on or off, mask prior, regulariser and its weight, learning
 rate relative to the last row's) and everything else from `small`. KoLeo sits on the class token, as DINOv2 has it, SigReg where
 `small` has it. "untrained" is the network that the runs start from. Row 6 and "untrained-6" show an encoder twice the pixels,
-with interpolated positions. Every row and seed is a folder of OUT; what is there is not done again, and a killed run goes on
+with interpolated positions; row 7 goes on from row 5 there. "handover" and "lejepa" are beside the ladder. Every row and seed is a folder of OUT; what is there is not done again, and a killed run goes on
 from its checkpoint.
 """
 
@@ -45,9 +45,14 @@ from hilum.probe.fit import probe
 from hilum.probe.labels import read_features
 from hilum.probe.result import score_columns
 from hilum.records import machine, read_json, versions, write_json, write_table, write_text
-from hilum.settings import to_dict
+from hilum.settings import override, to_dict
 from hilum.stats import bootstrap_interval, paired_difference
 
+_LEJEPA = ["objective.projector_dim=64", "objective.patch_weight=1", "objective.patch_points=32"]
+BESIDE = {
+    "handover": ["objective.handover=0.5", *_LEJEPA],
+    "lejepa": ["objective.kind=lejepa", "objective.hidden=256", *_LEJEPA, "views.mask_probability=1"],
+}
 ROWS = {
     "pixels": "raw pixels, PCA 128",
     "untrained": "untrained network",
@@ -59,6 +64,9 @@ ROWS = {
     "5": "+ twice the learning rate",
     "untrained-6": "untrained at twice the pixels",
     "6": "row 5 at twice the pixels",
+    "7": "+ fine-tuned there",
+    "handover": "row 5, LeJEPA in its first half",
+    "lejepa": "row 5, LeJEPA throughout",
 }
 WIDE = {"5": "6", "untrained": "untrained-6"}  # whose encoder is also shown twice the pixels
 BEFORE = {
@@ -66,6 +74,8 @@ BEFORE = {
     "untrained": "untrained",
     "untrained-6": "untrained",
     "0": "untrained",
+    "handover": "5",
+    "lejepa": "5",
 }  # else one lower
 NUM_HEALTH_SLICES = 200  # held-out slices of each data set; the rank is at most this
 COLLAPSED = 0.25  # of the untrained network's effective rank
@@ -94,6 +104,8 @@ MAX_SLICES = {"tumour": None, "openkbp": 10, "phantom": 12}
 
 def row_recipe(row: str, seed: int, steps: int, batch_size: int) -> Recipe:
     """`small`, changed as `ablation/row` changes the ladder's last row."""
+    if row in BESIDE:
+        return override(replace(row_recipe("5", seed, steps, batch_size), name=f"small-{row}"), BESIDE[row])
     base, step, last = load_recipe("small"), load_recipe(f"ablation/{row}"), load_recipe("ablation/5")
     filters = {
         name: getattr(base.views, name) if getattr(step.views, name) else 0.0
@@ -111,7 +123,9 @@ def row_recipe(row: str, seed: int, steps: int, batch_size: int) -> Recipe:
             regulariser_on="class_token" if koleo else base.objective.regulariser_on,
         ),
         optimiser=replace(base.optimiser, lr=base.optimiser.lr * step.optimiser.lr / last.optimiser.lr),
-        run=replace(base.run, steps=steps, batch_size=batch_size, seed=seed, checkpoint_every=40),
+        run=replace(
+            base.run, steps=steps, batch_size=batch_size, seed=seed, checkpoint_every=40, on_collapse="continue"
+        ),
     )
 
 
@@ -139,8 +153,23 @@ def make_model(out: Path, home: Path, row: str, seed: int, steps: int, batch_siz
         facts = {"recipe": "untrained", "step": 0}
         write_encoder(home / "export", Learner(recipe).teacher_backbone(), contract_of(recipe), facts)
         return str(home / "export")
-    pretrain(row_recipe(row, seed, steps, batch_size), out / "stores" / "train", home / "run", device="cpu")
+    if row == "7":
+        recipe = fine_tuned(row_recipe("5", seed, steps, batch_size), out / "row-5" / f"seed-{seed}" / "run")
+    else:
+        recipe = row_recipe(row, seed, steps, batch_size)
+    pretrain(recipe, out / "stores" / "train", home / "run", device="cpu")
     return str(home / "run" / "export")
+
+
+def fine_tuned(recipe: Recipe, run: Path) -> Recipe:
+    """A fifth of the steps at twice the pixels and a quarter of the learning rate, from a finished run."""
+    return replace(
+        override(recipe, ["model.image=[256, 256]", "views.global_px=256", "views.local_px=96"]),
+        name="small-ablation-7",
+        start_from=str(run),
+        optimiser=replace(recipe.optimiser, lr=recipe.optimiser.lr / 4),
+        run=replace(recipe.run, steps=recipe.run.steps // 5),
+    )
 
 
 def widen(export: Path, to: Path) -> str:
@@ -249,7 +278,7 @@ def compare_rows(out: Path, found: dict[str, dict[int, dict[str, Any]]], task: T
 
 def start_of(row: str) -> str:
     """The untrained network, shown as many pixels as the row."""
-    return "untrained-6" if row == "6" else "untrained"
+    return "untrained-6" if row in ("6", "7") else "untrained"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -302,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=["0", "1", "2", "3", "4", "5", "untrained", "pixels"])

@@ -117,7 +117,8 @@ _SMALL = (
     Change("views.mask_probability", 0.5, "code", "DINOv2"),
     Change("views.mask_ratio", (0.1, 0.5), "code", "DINOv2"),
     Change("objective.kind", "dino", "paper", "DINO and iBOT"),
-    Change("objective.prototypes", 1024, "ours", "batches of 48 cannot use more"),
+    Change("objective.prototypes", 256, "ours", "more than batches of 48 can use stay cold (docs/log.md)"),
+    Change("objective.teacher_temperature", (0.04, 0.04), "ours", "short runs have no time to warm up"),
     Change("objective.hidden", 512, "ours", "four times the width of the network"),
     Change("objective.bottleneck", 64, "ours", "half the width of the network"),
     Change("objective.batch_norm", True, "ours", "without it heads need thousands of steps to leave their cold start"),
@@ -126,9 +127,9 @@ _SMALL = (
     Change("objective.projector_dim", 32, "ours", "read by lejepa only"),
     Change("objective.patch_weight", 0.0, "ours", "read by lejepa only"),
     Change("objective.patch_points", 16, "ours", "read by lejepa only"),
-    Change("optimiser.lr", 1e-3, "ours", "as in the run that learnt in minutes (docs/log.md)"),
-    Change("optimiser.momentum", (0.98, 0.999), "ours", "0.994 averages too long for some thousand steps"),
-    Change("optimiser.freeze_last_layer", 0.0, "ours", "BatchNorm heads need no gentle start"),
+    Change("optimiser.momentum", (0.95, 0.999), "ours", "0.994 averages too long for some thousand steps"),
+    Change("optimiser.weight_decay", (0.0, 0.0), "ours", "too few steps to need it"),
+    Change("optimiser.freeze_last_layer", 0.3, "ours", "prototypes that move at once fall together (docs/log.md)"),
     Change("run.steps", 6000, "ours", "an hour on two cores"),
 )
 
