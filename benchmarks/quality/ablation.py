@@ -10,8 +10,8 @@ these and tested on tumour fold 3, the other OpenKBP patients and 12 other phant
 Rows 0 to 5 take from `ablation/N` what distinguishes it (filters on or off, mask prior, regulariser and its weight, learning
 rate relative to the last row's) and everything else from `small`. KoLeo sits on the class token, as DINOv2 has it, SigReg where
 `small` has it. "untrained" is the network that the runs start from. Row 6 and "untrained-6" show an encoder twice the pixels,
-with interpolated positions; row 7 goes on from row 5 there. "handover" and "lejepa" are beside the ladder. Every row and seed is a folder of OUT; what is there is not done again, and a killed run goes on
-from its checkpoint.
+with interpolated positions; row 7 goes on from row 5 there. "handover" and "lejepa" are beside the ladder. Every row and seed
+is a folder of OUT; what is there is not done again, and a killed run goes on from its checkpoint.
 """
 
 import argparse
