@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hilum.pretrain.health import CLOCK
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.recipe import Recipe
 
@@ -61,7 +62,7 @@ def spawn(scenarios: Any, tmp_path_factory: pytest.TempPathFactory) -> Spawn:
 
 
 def numbers(out: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_lines(out / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in read_lines(out / "metrics.jsonl")]
 
 
 def last_tensors(out: Path) -> dict[str, torch.Tensor]:

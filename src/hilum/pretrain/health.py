@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from hilum.encode.vit import Tokens
 from hilum.pretrain.losses import sigreg
-from hilum.pretrain.ranks import local_rows
+from hilum.pretrain.ranks import all_sum, device, is_sharded, local_rows, num_ranks
 
 CLOCK = ("seconds", "data_wait", "images_per_second", "utilisation")
 """Names in a log line that say how fast it went; all others are the same in a resumed run as in an uninterrupted one."""
@@ -58,7 +58,8 @@ def probe_health(teacher: Tokens, student_cls: Tensor) -> dict[str, float]:
     numbers: dict[str, Any] = {
         "probe_rank": effective_rank(cls),
         "probe_spread": feature_spread(cls),
-        "probe_sigreg": sigreg(cls, 256, torch.Generator().manual_seed(0)),
+        # every rank brings the same slices, and SigReg counts those of all ranks
+        "probe_sigreg": sigreg(cls.to(device()), 256, torch.Generator().manual_seed(0)) / num_ranks(),
         "probe_norm": cls.norm(dim=-1).mean(),
         "probe_patch_norm": patches.norm(dim=-1).mean(),
         "probe_class_patch": cosine.mean(),
@@ -71,8 +72,7 @@ def probe_health(teacher: Tokens, student_cls: Tensor) -> dict[str, float]:
 def update_ratio(optimiser: torch.optim.AdamW, parameter: torch.nn.Parameter) -> float | None:
     """Length of AdamW's last change of a weight over the weight's length; about 1e-3 is usual, None before any step.
 
-    Worked out from the moments, which are the ones of that step, so that no copy of the weights is kept. Of a sharded
-    weight this is the ratio of the shard at hand, so that no rank waits for another.
+    Worked out from the moments, which are the ones of that step, so that no copy of the weights is kept. All ranks call it.
     """
     state = optimiser.state.get(parameter, {})
     if not state:
@@ -84,7 +84,9 @@ def update_ratio(optimiser: torch.optim.AdamW, parameter: torch.nn.Parameter) ->
     count, (beta1, beta2) = float(state["step"]), group["betas"]
     change = (first / (1 - beta1**count)) / ((second / (1 - beta2**count)).sqrt() + group["eps"])
     before = (weight + group["lr"] * change) / (1 - group["lr"] * group["weight_decay"])
-    return float((weight - before).norm() / before.norm().clamp_min(1e-12))
+    squares = torch.stack([(weight - before).square().sum(), before.square().sum().clamp_min(1e-24)])
+    squares = all_sum(squares) if is_sharded(parameter) else squares
+    return float((squares[0] / squares[1]).sqrt())
 
 
 @functools.cache
