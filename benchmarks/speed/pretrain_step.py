@@ -12,6 +12,7 @@ measured here; `model TFLOP/s` counts the products that the recipe asks for, wor
 
 import argparse
 import contextlib
+import ctypes
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from hilum.encode.encoder import pick_device
 from hilum.pretrain.cost import flops_per_image
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch, Slices, batches
-from hilum.pretrain.loop import contract_of, keep_freed_memory, train_step
+from hilum.pretrain.loop import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, contract_of, keep_freed_memory, train_step
 from hilum.pretrain.optim import make_optimiser
 from hilum.pretrain.parallel import Replica
 from hilum.pretrain.presets import load_recipe
@@ -96,7 +97,12 @@ class Stepper:
         self.number, self.waited = 0, 0.0
 
     def plain(self, batch: Batch) -> None:
+        """Freed memory goes back to the system as malloc would have it: keeping it is part of our way."""
+        libc = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, 128 << 10)
         plain_step(self.learner, self.optimiser, batch, 1)
+        keep_freed_memory()
 
     def step(self, batch: Batch) -> None:
         train_step(self.replica, self.optimiser, [batch], 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hilum.encode.attention import attend
 from hilum.encode.vit import (
     Attention,
     FeedForward,
@@ -101,6 +102,27 @@ def test_attention_equals_explicit_sums(num_tokens):
     queries = [0, 2, num_tokens - 1]
     for b in range(2):
         torch.testing.assert_close(found[b, queries], slow_attention(module, x[b], queries), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 261])
+def test_attention_in_bf16_agrees_with_fp32_in_value_and_gradient(num_tokens):
+    """bf16 keeps three digits; torch's own bf16 kernel is as far from fp32."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, num_tokens, 16) for _ in range(4)]
+
+    def run(dtype: torch.dtype, attention) -> list[Tensor]:
+        q, k, v = (x.clone().to(dtype).detach().requires_grad_() for x in given[:3])
+        out = attention(q, k, v)
+        out.backward(given[3].to(dtype))
+        return [x.float() for x in (out.detach(), q.grad, k.grad, v.grad)]
+
+    exact = run(torch.float32, torch.nn.functional.scaled_dot_product_attention)
+    for ours, torchs, wanted in zip(
+        run(torch.bfloat16, attend), run(torch.bfloat16, torch.nn.functional.scaled_dot_product_attention), exact
+    ):
+        error = (ours - wanted).norm() / wanted.norm()
+        assert error < 0.012
+        assert error < 2.5 * (torchs - wanted).norm() / wanted.norm()
 
 
 def test_feed_forward_kinds():

@@ -3,10 +3,9 @@
 Axes in names: B batch, N tokens, D width, H heads, T tokens of all crops of a batch laid end to end.
 A token sequence is [class, registers, patches]; patches run through the grid in C order. Images of several sizes go
 through the linear layers as one long matrix and through attention one size at a time, so a multi-crop batch costs one
-pass. Attention is torch's own.
+pass.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -14,9 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from hilum.encode.attention import attend
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.errors import UsageError
 
@@ -31,14 +30,6 @@ class Tokens(NamedTuple):
 
 Shapes = Sequence[tuple[int, int]]  # (samples, tokens) of each crop size in a packed (T, D)
 Kept = list[Tensor] | None  # sample numbers of each crop size
-SHORT_SEQUENCE = 128  # tokens
-
-
-def _short_attention(num_tokens: int, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """On a CPU, torch's fused kernel loses to two matrix products for short sequences: 2.4× at 65 tokens in bf16."""
-    if device.type == "cpu" and num_tokens <= SHORT_SEQUENCE:
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
 
 
 class LayerScale(nn.Module):
@@ -72,8 +63,7 @@ class Attention(nn.Module):
             q_BHND, k_BHND, v_BHND = part.unbind(0)
             if rotation is not None:
                 q_BHND, k_BHND = rotate(q_BHND, rotation), rotate(k_BHND, rotation)
-            with _short_attention(n, x_TD.device):
-                out = functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND)
+            out = attend(q_BHND, k_BHND, v_BHND)
             outs.append(out.transpose(1, 2).reshape(b * n, -1))
             start += b * n
         return scale.linear(torch.cat(outs), self.proj)
