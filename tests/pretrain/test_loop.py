@@ -216,6 +216,15 @@ def test_another_recipe_is_refused(small, store_path, tmp_path):
         pretrain(other, store_path, tmp_path / "run")
 
 
+def test_a_wrong_setting_does_not_spoil_the_folder(small, store_path, tmp_path):
+    """A run that ended before its first step leaves its folder to the corrected command."""
+    recipe = small["lejepa"]
+    with pytest.raises(UsageError, match="holds no weights that can be read"):
+        pretrain(replace(recipe, start_from=str(tmp_path / "garbage")), store_path, tmp_path / "run")
+    with pytest.raises(Stop):
+        pretrain(recipe, store_path, tmp_path / "run", progress=stop_after(1))
+
+
 def test_another_store_is_refused(small, store_path, other_store_path, tmp_path):
     with pytest.raises(Stop):
         pretrain(small["lejepa"], store_path, tmp_path / "run", progress=stop_after(1))

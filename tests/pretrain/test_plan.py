@@ -97,7 +97,7 @@ def limit(recipe: Recipe, hardware: str, store: Store | None = None) -> tuple[st
 
 def test_compute_limits_a_run_that_fits():
     sentence, advice = limit(RECIPES["curia2-b"], "32xA100")
-    assert re.match(r"What limits it: compute, 16\.\d hours at 30% of the peak", sentence)
+    assert re.match(r"What limits it: compute, 16\.\d h at 30% of the peak", sentence)
     assert advice == ""
 
 

@@ -82,6 +82,16 @@ def test_curves_with_zeros_are_not_drawn_on_a_logarithm():
     assert [axes.get_yscale() for axes in figure.axes[:2]] == ["linear", "log"]
 
 
+def test_panels_share_one_clock_and_rounding_is_no_news():
+    steps = np.array([0, 9])
+    figure = charts([Chart("a", [("x", steps, np.array([11.31, 11.32]))]), Chart("b", [("x", steps[:1], np.ones(1))])])
+    first, second = figure.axes[:2]
+    assert first.get_xlim() == second.get_xlim()
+    low, high = first.get_ylim()
+    assert high - low > 0.5
+    assert low < 11.31 < 11.32 < high
+
+
 def test_colours_follow_turned_features():
     """The same tokens, mirrored and with axes in another order, get the same colours as at the last step."""
     rng = np.random.default_rng(0)

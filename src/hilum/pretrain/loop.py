@@ -297,7 +297,7 @@ def _explain_divergence(step: int, learner: Learner) -> str:
 
 
 def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> dict[str, Any]:
-    """The record of a new run, or of the one that `out` holds when recipe and store are the same."""
+    """The record of a new run, or of the one that `out` has begun when recipe and store are the same."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "run.json").is_file())):
         raise CheckpointError(f"{out} is not empty and no run folder; choose a new one")
     record = {
@@ -311,7 +311,7 @@ def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> 
         "device": str(device),
         "status": "running",
     }
-    if (out / "run.json").is_file():
+    if (out / "metrics.jsonl").is_file():  # else nothing was trained yet: a wrong setting or start has ended it
         found: dict[str, Any] = read_json(out / "run.json")
         if found.get("recipe_hash") != record["recipe_hash"]:
             changed = differences(found.get("recipe", {}), to_dict(recipe))
@@ -375,7 +375,7 @@ class _Log:
         kept = [line for line in read_lines(self.path) if line["step"] < self.start]
         with explain_full_disk(self.path):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self.file: IO[str] = open(self.path, "a", encoding="utf-8")
+            self.file: IO[str] = open(self.path, "a", buffering=1, encoding="utf-8")  # line by line, for readers
             self.writer = SummaryWriter(str(self.tensorboard), purge_step=self.start)
         return self
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hilum.figures import ACCEPTED, LETTER, NIGHT, REJECTED, SERIES, window
@@ -36,12 +37,17 @@ def charts(panels: Sequence[Chart], events: Sequence[tuple[int, str]] = ()) -> F
     """Panels three in a row; `events` (step, colour) are drawn through all of them."""
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.1), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.25 * rows + 0.1), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False)
-    for place, panel in zip(places.flat, panels):
+    last = max((int(steps.max()) for panel in panels for _, steps, _ in panel.lines if len(steps)), default=0)
+    for n, (place, panel) in enumerate(zip(places.flat, panels)):
         _chart(place, panel)
         for step, colour in events:
             place.axvline(step, color=colour, linewidth=0.9, alpha=0.8)
+        place.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))  # one clock for all
+        place.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        if n + columns >= len(panels):  # nothing below
+            place.set_xlabel("step", fontsize=8)
     for place in places.flat[len(panels) :]:
         place.set_axis_off()
     return figure
@@ -57,18 +63,34 @@ def _chart(place: Axes, panel: Chart) -> None:
     for height, what in panel.marks:
         place.axhline(height, color=SERIES[4], linewidth=0.8, linestyle="--")
         place.text(
-            0.99, height, what, fontsize=6.5, color=SERIES[4], ha="right", va="bottom",
-            transform=place.get_yaxis_transform(),
+            0.99, height, what, fontsize=7, color=SERIES[4], ha="right", va="bottom",
+            transform=place.get_yaxis_transform(), bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0},
         )  # fmt: skip
     if panel.log and all((np.asarray(values) > 0).all() for _, _, values in panel.lines):
         place.set_yscale("log")
+        place.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        place.yaxis.set_minor_formatter(NullFormatter())
+        low, high = place.get_ylim()
+        if high < 30 * low:  # too few whole powers of ten to read a value by
+            place.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        _widen(place)
     place.set_title(panel.title, fontsize=9, loc="left")
     place.tick_params(labelsize=7, length=2)
     place.margins(x=0.02, y=0.12)
     place.spines[["top", "right"]].set_visible(False)
     place.grid(axis="y", linewidth=0.4, alpha=0.5)
     if len(panel.lines) > 1:
-        place.legend(fontsize=6.5, frameon=False, handlelength=1.2)
+        place.legend(fontsize=7, frameon=False, handlelength=1.2)
+
+
+def _widen(place: Axes) -> None:
+    """Let the values span at least a twentieth of their size, or 1e-3, lest rounding looks like news; plain ticks."""
+    place.ticklabel_format(axis="y", useOffset=False, scilimits=(-5, 6))
+    low, high = place.get_ylim()
+    least = max(0.05 * max(abs(low), abs(high)), 1e-3)
+    if high - low < least:
+        place.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def smooth(values: Array) -> Array:
@@ -112,13 +134,14 @@ def sample_sheet(
 ) -> Figure:
     """Training samples, one a row: the slice with its crops' boxes, then the crops with hidden patches shaded.
 
-    samples  (pixels, accepted boxes, rejected boxes, [(crop, mask of patches or None)]); boxes (y0, x0, y1, x1), fractions
+    samples  (pixels, accepted boxes, rejected boxes, [(crop, mask of patches or None)]), two global crops first; boxes
+             (y0, x0, y1, x1), fractions
     """
     figure, cells = _night(len(samples), 1 + num_crops)
     _title(cells[0, 0], "slice and boxes")
     for n in range(num_crops):
         size = next((len(crops[n][0]) for _, _, _, crops in samples if n < len(crops)), 0)
-        _title(cells[0, 1 + n], f"{size} px")
+        _title(cells[0, 1 + n], f"{'global' if n < 2 else 'local'}, {size} px")
     for row, (pixels, accepted, rejected, crops) in zip(cells, samples):
         limits = window(pixels, "")
         _slice(row[0], pixels, limits)

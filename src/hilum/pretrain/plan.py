@@ -256,7 +256,8 @@ def _judge(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]) -> tu
         found += _judge_data(recipe, figures)
     if not found:
         hours, share = figures["hours"].value, figures["utilisation"].value
-        found.append((f"compute, {hours:,.3g} hours at {share:.0%} of the peak; nothing else stands in the way", ""))
+        time = _text(Figure(hours, "h", ""))
+        found.append((f"compute, {time} at {share:.0%} of the peak; nothing else stands in the way", ""))
     return f"What limits it: {found[0][0]}.", [advice for _, advice in found if advice]
 
 
@@ -339,6 +340,8 @@ def _text(figure: Figure) -> str:
     value, unit = figure.value, figure.unit
     if unit in ("B", "B/s", "FLOP"):
         return _scale(value, unit)
+    if unit == "h" and 0 < value < 1:
+        value, unit = value * 60, "min"
     number = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     return f"{number} {unit}".rstrip()
 

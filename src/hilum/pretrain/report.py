@@ -133,9 +133,11 @@ def _add_curves(page: Page, story: Story) -> None:
     events = [(e["step"], REJECTED if e["severity"] == "fatal" else SERIES[1])
               for e in story.events if e["kind"] == "diagnosis"]  # fmt: skip
     events += [(e["to"], SERIES[3]) for e in story.events if e["kind"] == "roll_back"]
-    cold = [(math.log(objective.prototypes), "ln K: nothing learned yet")] if objective.kind == "dino" else []
-    normal = [(1.06, "a perfect Gaussian")]
-    gradients = sorted({name for line in story.lines[:50] for name in line if name.startswith("grad_")})
+    cold = [(math.log(objective.prototypes), "ln K: knows nothing yet")] if objective.kind == "dino" else []
+    normal, usual = [(1.06, "a perfect Gaussian")], [(1e-3, "usual")]
+    gradients = sorted(
+        {name for line in story.lines[:50] + story.lines[-50:] for name in line if name.startswith("grad_")}
+    )
     page.section("What is minimised")
     _figure(page, [
         _panel(story, "loss", ["loss"]),
@@ -146,14 +148,16 @@ def _add_curves(page: Page, story: Story) -> None:
         _panel(story, "distance to the anchor's Gram matrices", ["gram"]),
         _panel(story, "learning rate", ["lr"]),
         _panel(story, "gradient norm, before clipping", [(n, n.removeprefix("grad_")) for n in gradients], log=True),
-        _panel(story, "change of the weights a step, relative", ["update_ratio"], log=True),
-    ], events, "Thin: each step; thick: running median. Upright: verdicts (red: fatal), roll-backs (violet).")  # fmt: skip
+        _panel(story, "relative change of the weights a step", ["update_ratio"], log=True, marks=usual),
+    ], events, "Thin: each step; thick: running median. Upright: verdicts (red: fatal), roll-backs (violet)." + (
+        " At ln K of K prototypes DINO's loss says nothing; iBOT's is lower when crops without a mask count as 0."
+        if cold else ""))  # fmt: skip
     page.section("Do the features live?", "Measured on the same slices throughout, so the numbers compare over time.")
     _figure(page, [
         _panel(story, "effective rank (RankMe)", [("probe_rank", "fixed slices"), ("rank", "batch")]),
         _panel(story, "spread of features", [("probe_spread", "fixed slices"), ("spread", "batch")],
                marks=[(0.05, "collapse")]),
-        _panel(story, "online probe", [("knn", "k-NN"), ("linear", "linear")]),
+        _panel(story, "online probe (AUC or R²)", [("knn", "k-NN"), ("linear", "linear")]),
         _panel(story, "class token against its patches, cosine", ["probe_class_patch"]),
         _panel(story, "student against teacher, 1 − cosine", ["probe_lag"]),
         _panel(story, "length of tokens", [("probe_norm", "class"), ("probe_patch_norm", "patch")]),
@@ -166,9 +170,9 @@ def _add_curves(page: Page, story: Story) -> None:
     page.section("Data and speed")
     _figure(page, [
         _panel(story, "anatomy in the crops", ["foreground"], marks=[(0.3, "too little")]),
-        _panel(story, "crops drawn again, each", ["num_rejected"]),
+        _panel(story, "draws thrown away, a crop", ["num_rejected"]),
         _panel(story, "images/s", ["images_per_second"]),
-        _panel(story, "share of the device's measured peak", ["utilisation"]),
+        _panel(story, "share of the device's measured peak speed", ["utilisation"]),
         _panel(story, "share of time waiting for data", ["data_wait"]),
     ], events, "")  # fmt: skip
 
@@ -220,8 +224,8 @@ def _add_features(page: Page, story: Story) -> int:
     )
     page.figure(
         similarity_over_time(images[:4], foreground[:4], [(s, t[:4]) for s, t in snapshots]),
-        "How alike the marked patch is to every other (bright: the same, dark: unlike). It should come to light up its own "
-        "tissue or organ, and nothing else.",
+        "How alike the marked patch is to every other: cosine of their tokens, 0 or less dark, 1 bright. It should come "
+        "to light up its own tissue or organ, and nothing else.",
     )
     return len(paths)
 
