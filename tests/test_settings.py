@@ -71,7 +71,7 @@ def test_every_mistake_in_a_file_is_named_at_once():
         "clip: expected float | None, found 'no'",
         "loss: expected dino | lejepa, found 'cosine'",
         "unknown setting crops.sice (known: scales, size_px)",
-        "crops.size_px: expected a list like",
+        "crops.size_px: expected a list like [whole number, whole number], found",
         "crops.scales: expected a number, found 'x'",
     ):
         assert part in message
@@ -85,7 +85,7 @@ def test_every_mistake_in_overrides_is_named_at_once():
         "'stepps=3' is no setting (known here: steps, rate, name, loss, guided, clip, crops)",
         "'crops.size=1' is no setting (known here: size_px, scales)",
         "'crops.size_px.x=1' is no setting",
-        "'rate' is no setting",
+        "'rate' lacks '=' and a value",
         "guided: expected bool, found 'maybe'",
         "steps: expected a whole number, found True",
     ):

@@ -46,7 +46,8 @@ def override(settings: T, assignments: Iterable[str]) -> T:
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if not equals or not isinstance(node, dict) or leaf not in node:
-            complaints.append(f"'{assignment}' is no setting{_known(values, parents)}; expected a.b=value")
+            what = "is no setting" if equals else "lacks '=' and a value"
+            complaints.append(f"'{assignment}' {what}{_known(values, parents)}; expected a.b=value")
             continue
         node[leaf] = _parse(text.strip())
     built = _build(type(settings), values, "", complaints)
@@ -100,6 +101,13 @@ def _known(values: Any, parents: list[str]) -> str:
     return f" (known here: {', '.join(values)})" if isinstance(values, dict) else ""
 
 
+def _spell(hint: Any) -> str:
+    """A type as a reader knows it: [number, number], [[whole number, …], …]."""
+    if typing.get_origin(hint) is tuple:
+        return "[" + ", ".join("…" if h is Ellipsis else _spell(h) for h in typing.get_args(hint)) + "]"
+    return {float: "number", int: "whole number", str: "text", bool: "true or false"}.get(hint, str(hint))
+
+
 def _build(cls: Any, values: Any, prefix: str, complaints: list[str]) -> Any:
     if not isinstance(values, dict):
         complaints.append(f"{prefix.rstrip('.') or 'settings'}: expected a table of settings, found {values!r}")
@@ -133,7 +141,7 @@ def _convert(hint: Any, value: Any, name: str, complaints: list[str]) -> Any:
         ok, wanted = False, str(hint)
     elif origin is tuple:
         ok = isinstance(value, list | tuple)
-        wanted = f"a list like {hint}"
+        wanted = f"a list like {_spell(hint)}"
         if ok:
             variadic = len(arguments) == 2 and arguments[1] is Ellipsis
             inner = [arguments[0]] * len(value) if variadic else list(arguments)

@@ -187,7 +187,7 @@ def history(steps: int, **series: Callable[[int], float]) -> History:
             {"grad_backbone": lambda s: 2.0 if s < 290 else 500.0},
         ),
         ("crops of background", {"foreground": lambda s: 0.5}, {"foreground": lambda s: 0.2}),
-        ("data starvation", {"data_wait": lambda s: 0.02}, {"data_wait": lambda s: 0.4}),
+        ("data starvation", {"data_wait": lambda s: 0.4}, {"data_wait": lambda s: 0.6}),
         ("rank collapsed", {"probe_rank": lambda s: 80.0}, {"probe_rank": lambda s: 80.0 if s < 250 else 4.0}),
         ("dense features fade", {"probe_class_patch": lambda s: 0.3}, {"probe_class_patch": lambda s: s / 300}),
         ("SigReg without gradient", {"sigreg": lambda s: 1.2}, {"sigreg": lambda s: 0.409 * 64}),
@@ -199,6 +199,12 @@ def test_rules_on_numbers(small, name, good, bad):
     recipe = changed(small["lejepa"], 300, run={"batch_size": 64})
     assert name not in {d.name for d in diagnose(history(300, **good), recipe)}
     assert name in {d.name for d in diagnose(history(300, **bad), recipe)}
+
+
+def test_with_workers_there_is_less_patience_for_data(small):
+    recipe = changed(small["lejepa"], 300, run={"num_workers": 1})
+    found = [{d.name for d in diagnose(history(300, data_wait=lambda s, v=v: v), recipe)} for v in (0.1, 0.4)]
+    assert [("data starvation" in names) for names in found] == [False, True]
 
 
 def test_a_hand_over_is_no_divergence(small):

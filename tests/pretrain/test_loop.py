@@ -211,7 +211,8 @@ def test_another_recipe_is_refused(small, store_path, tmp_path):
         pretrain(recipe, store_path, tmp_path / "run", progress=stop_after(1))
     other = replace(recipe, optimiser=replace(recipe.optimiser, lr=7e-3))
     with pytest.raises(
-        CheckpointError, match=r"another recipe \(optimiser\.lr: 0\.002 ≠ 0\.007\); choose a new folder"
+        CheckpointError,
+        match=r"another recipe \(optimiser\.lr: 0\.002 ≠ 0\.007: found ≠ asked for\); choose a new folder",
     ):
         pretrain(other, store_path, tmp_path / "run")
 

@@ -165,7 +165,7 @@ def test_a_page_shows_every_setting_within_its_width(name):
 
 def test_a_row_tells_what_differs_from_the_row_before():
     text = format_recipe(RECIPES["ablation/3"], "ablation/3")
-    assert "ablation/3: + SigReg\n\nIt differs from ablation/2 in:\n  objective.regulariser: none ≠ sigreg\n" in text
+    assert "ablation/3: + SigReg\n\nIt differs from ablation/2 in:\n  objective.regulariser: none → sigreg\n" in text
 
 
 def test_a_change_reaches_settings_at_the_top_and_below():

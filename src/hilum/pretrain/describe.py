@@ -113,7 +113,7 @@ def format_recipe(recipe: Recipe, name: str) -> str:
     base, changed = what_differs(recipe, name)
     text = [f"{recipe.name}: {PRESETS[name].about}" if name in PRESETS else recipe.name]
     if base:
-        text += ["", f"It differs from {base} in:", *(f"  {change}" for change in changed)]
+        text += ["", f"It differs from {base} in:", *(f"  {change.replace(' ≠ ', ' → ')}" for change in changed)]
     columns = ["setting", "value", "unit", "origin"]
     cells = [[line.setting.rpartition(".")[2], show(line.value), line.unit, line.origin] for line in lines]
     widths = [max(len(row[n]) for row in [columns, *cells] if len(row[n]) <= MAX_CELL) for n in range(4)]

@@ -316,7 +316,7 @@ def _open_run(out: Path, recipe: Recipe, store: Store, device: torch.device) -> 
         if found.get("recipe_hash") != record["recipe_hash"]:
             changed = differences(found.get("recipe", {}), to_dict(recipe))
             raise CheckpointError(
-                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}); choose a new folder"
+                f"{out} holds a run of another recipe ({'; '.join(changed[:5])}: found ≠ asked for); choose a new folder"
             )
         if found.get("store_hash") != store.hash:
             raise CheckpointError(
