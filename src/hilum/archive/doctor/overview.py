@@ -135,7 +135,9 @@ def aggregate(ledger: Path) -> Totals:
 def _batches(ledger: Path) -> Any:
     if not ledger.is_file():
         what = "a folder without store.json" if ledger.is_dir() else "missing"
-        raise InputError(f"{ledger} is {what}; expected a ledger (hilum scan ARCHIVE -o {ledger.name}) or a store")
+        raise InputError(
+            f"{ledger} is {what}; expected a ledger (made by hilum scan), a store, or for hilum show a run folder"
+        )
     try:
         file = pq.ParquetFile(ledger)
     except (pa.ArrowInvalid, OSError) as error:
