@@ -200,7 +200,8 @@ def _add_samples(page: Page, story: Story) -> None:
     page.figure(
         sample_sheet(rows, num_crops),
         "The first samples of the run. Green: boxes of the crops shown; red, dotted: boxes drawn before that held too little "
-        "anatomy. Blue patches are hidden from the student, which has to guess them.",
+        "anatomy. Blue patches are hidden from the student, which has to guess them. Grey where a slice is black, or flat: a "
+        "display window drawn as augmentation.",
     )
 
 
