@@ -158,6 +158,26 @@ def test_bf16_is_close_to_fp32_and_its_losses_are_fp32(small, store_path):
     torch.testing.assert_close(cast.loss, plain.loss, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("hidden", [0, 1])
+@pytest.mark.parametrize("name", ["dino, sinkhorn", "dino, ema"])
+def test_a_batch_that_hides_next_to_nothing(small, store_path, name, hidden):
+    """Micro-batches smaller than a mask group may have no masked crop; BatchNorm then has no rows, or one."""
+    learner, batch = make(small[name], store_path)
+    masks = torch.zeros_like(batch.masks)
+    masks[0, :hidden] = True
+    result = learner(replace(batch, masks=masks), 3)
+    result.loss.backward()
+    assert bool(result.loss.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in learner.student.parameters() if p.grad is not None)
+    assert all(bool(buffer.isfinite().all()) for buffer in learner.buffers())
+
+
+def test_what_is_kept_for_health_is_no_larger_than_it_says(small, store_path):
+    learner, batch = make(small["lejepa"], store_path)
+    features = learner(batch, 3).features
+    assert features.untyped_storage().nbytes() == features.nbytes
+
+
 def test_heads_without_batch_norm_start_at_dinov2s_spread():
     torch.manual_seed(0)
     linears = [m for m in make_mlp(64, 128, 16, False) if isinstance(m, nn.Linear)]

@@ -90,7 +90,8 @@ class Learner(nn.Module):
         if batch.gram is not None and self.anchors(step):
             parts["gram"] = self._anchor(batch.gram, tokens[0])
             loss = loss + self.recipe.objective.gram_weight * parts["gram"]
-        return StepResult(loss, parts, tokens[0].cls.detach().float())
+        features = tokens[0].cls.detach().to(torch.float32, copy=True)  # a view would keep all tokens
+        return StepResult(loss, parts, features)
 
     def distils(self, step: int) -> bool:
         """Whether this step asks the teacher (DINO + iBOT); before the hand-over it does not."""
