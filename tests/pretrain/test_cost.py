@@ -86,7 +86,8 @@ def test_flops_against_torchs_counter(base):
     masks = torch.zeros(8, 16, dtype=torch.bool)
     share = hidden_patches(recipe) * 4
     masks.view(-1)[torch.arange(round(share))] = True
-    batch = Batch(torch.randn(8, 1, 64, 64), torch.randn(16, 1, 32, 32), masks, torch.zeros(2, 4, 16, 2), 1.0, 0.0)
+    hidden, points = masks.flatten().nonzero()[:, 0], torch.zeros(2, 4, 16, 2)
+    batch = Batch(torch.randn(8, 1, 64, 64), torch.randn(16, 1, 32, 32), masks, hidden, points, 1.0, 0.0)
     learner.train()
     with FlopCounterMode(display=False) as counter:
         learner(batch, 0).loss.backward()

@@ -71,7 +71,7 @@ def test_features_that_collapse_stop_the_run(small, store_path, tmp_path, spoil)
     def all_alike(batch: Any, step: int) -> Any:
         if step < 20:
             return batch
-        return replace(batch, globals=batch.globals[:1].expand_as(batch.globals), masks=batch.masks & False)
+        return replace(batch, globals=batch.globals[:1].expand_as(batch.globals), masks=batch.masks & False, hidden=batch.hidden[:0])
 
     spoil(all_alike)
     recipe = changed(small["lejepa"], 60, model={"drop_path": 0.0})
@@ -144,7 +144,7 @@ def test_equal_slices_under_koleo(small, store_path, tmp_path, spoil):
     def twice(batch: Any, _: int) -> Any:
         half = batch.globals.view(2, -1, *batch.globals.shape[1:])
         half = torch.cat([half[:, : half.shape[1] // 2]] * 2, 1)
-        return replace(batch, globals=half.flatten(0, 1), masks=batch.masks & False)
+        return replace(batch, globals=half.flatten(0, 1), masks=batch.masks & False, hidden=batch.hidden[:0])
 
     spoil(twice)
     recipe = changed(

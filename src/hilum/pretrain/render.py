@@ -68,7 +68,8 @@ class Raw:
     def plain(self) -> "Raw":
         """The same crops without any change of intensity."""
         views = self.views.clone()
-        views[..., 5:10] = views.new_tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+        views[..., 5:10] = 0
+        views[..., 5] = views[..., 7] = 1  # gain and gamma
         views[..., 10:12] = self.slices[:, None, 4:6]
         return replace(self, views=views)
 
