@@ -71,7 +71,12 @@ def test_features_that_collapse_stop_the_run(small, store_path, tmp_path, spoil)
     def all_alike(batch: Any, step: int) -> Any:
         if step < 20:
             return batch
-        return replace(batch, globals=batch.globals[:1].expand_as(batch.globals), masks=batch.masks & False, hidden=batch.hidden[:0])
+        return replace(
+            batch,
+            globals=batch.globals[:1].expand_as(batch.globals),
+            masks=batch.masks & False,
+            hidden=batch.hidden[:0],
+        )
 
     spoil(all_alike)
     recipe = changed(small["lejepa"], 60, model={"drop_path": 0.0})

@@ -87,7 +87,9 @@ def test_the_anchor_of_a_gram_stage_begins_as_the_teacher_ended(run):
     learner = Learner(replace(recipe, objective=objective))
     initialise(learner, replace(recipe, objective=objective, start_from=str(out)))
     left = last_learner(out)
-    assert all(torch.equal(tensor, left[f"teacher.backbone.{name}"]) for name, tensor in learner.gram.state_dict().items())
+    assert all(
+        torch.equal(tensor, left[f"teacher.backbone.{name}"]) for name, tensor in learner.gram.state_dict().items()
+    )
 
 
 def test_heads_of_other_shapes_stay_drawn(run):
