@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hilum.errors import TrainingDiverged
-from hilum.pretrain import distill, loop
-from hilum.pretrain.diagnose import RECENT, RULES, History, diagnose
+from hilum.pretrain import distill, loop, rescue
+from hilum.pretrain.checkpoint import last_checkpoint
+from hilum.pretrain.diagnose import RECENT, RULES, Diagnosis, History, diagnose
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.recipe import Recipe
@@ -70,7 +71,12 @@ def test_features_that_collapse_stop_the_run(small, store_path, tmp_path, spoil)
     def all_alike(batch: Any, step: int) -> Any:
         if step < 20:
             return batch
-        return replace(batch, globals=batch.globals[:1].expand_as(batch.globals), masks=batch.masks & False)
+        return replace(
+            batch,
+            globals=batch.globals[:1].expand_as(batch.globals),
+            masks=batch.masks & False,
+            hidden=batch.hidden[:0],
+        )
 
     spoil(all_alike)
     recipe = changed(small["lejepa"], 60, model={"drop_path": 0.0})
@@ -143,7 +149,7 @@ def test_equal_slices_under_koleo(small, store_path, tmp_path, spoil):
     def twice(batch: Any, _: int) -> Any:
         half = batch.globals.view(2, -1, *batch.globals.shape[1:])
         half = torch.cat([half[:, : half.shape[1] // 2]] * 2, 1)
-        return replace(batch, globals=half.flatten(0, 1), masks=batch.masks & False)
+        return replace(batch, globals=half.flatten(0, 1), masks=batch.masks & False, hidden=batch.hidden[:0])
 
     spoil(twice)
     recipe = changed(
@@ -262,6 +268,21 @@ def test_roll_back_leaves_the_bad_slices_out_and_goes_on(small, store_path, tmp_
     assert found[to:] == order[36 : 36 + 60 - to]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(60))
     assert events.offset == 36 - to
+
+
+def test_a_kill_while_rolling_back_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    """What is being removed has no name that a resumed run would take up."""
+    for step in (10, 20):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    fatal = Diagnosis("features collapsed", "fatal", 25, 15, "", "", "")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rescue._roll_back(Events(tmp_path), fatal)
+    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000010"
 
 
 def test_a_rolled_back_run_that_is_interrupted_ends_alike(small, store_path, tmp_path, collapse_on_sample):

@@ -1,5 +1,6 @@
 """One forward pass put together by hand from its parts; and what reaches which weights."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -156,6 +157,43 @@ def test_bf16_is_close_to_fp32_and_its_losses_are_fp32(small, store_path):
         cast = learner(batch, 3)
     assert cast.loss.dtype == torch.float32
     torch.testing.assert_close(cast.loss, plain.loss, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+@pytest.mark.parametrize("name", ["dino, sinkhorn", "dino, ema"])
+def test_a_batch_that_hides_next_to_nothing(small, store_path, name, hidden):
+    """Micro-batches smaller than a mask group may have no masked crop; BatchNorm then has no rows, or one."""
+    learner, batch = make(small[name], store_path)
+    masks = torch.zeros_like(batch.masks)
+    masks[0, :hidden] = True
+    result = learner(replace(batch, masks=masks, hidden=masks.flatten().nonzero()[:, 0]), 3)
+    result.loss.backward()
+    assert bool(result.loss.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in learner.student.parameters() if p.grad is not None)
+    assert all(bool(buffer.isfinite().all()) for buffer in learner.buffers())
+
+
+def test_what_is_kept_for_health_is_no_larger_than_it_says(small, store_path):
+    learner, batch = make(small["lejepa"], store_path)
+    features = learner(batch, 3).features
+    assert features.untyped_storage().nbytes() == features.nbytes
+
+
+@pytest.mark.parametrize("name", ["lejepa", "dino, sinkhorn", "dino, ema"])
+def test_no_step_waits_for_its_device(small, store_path, name, monkeypatch):
+    """torch's meta device has no numbers, so whatever asks for one fails, as does what mixes its tensors with the CPU's."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know the device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    recipe = replace(small[name], model=replace(small[name].model, num_registers=1, positions="rotary"))
+    if name.startswith("dino"):
+        recipe = replace(recipe, objective=replace(recipe.objective, gram_weight=1.0, gram_start=0.0, gram_px=64))
+    slices = Slices(Store(store_path), recipe, contract_of(recipe))
+    batch = slices.render_batch(slices.draw_batch(0, 4).to(torch.device("meta")))
+    learner = Learner(recipe).to("meta").train()
+    result = learner(batch, 3)
+    result.loss.backward()
+    learner.update_teacher(0.99, 3)
+    assert {p.grad.device.type for p in learner.student.parameters() if p.grad is not None} == {"meta"}
 
 
 def test_heads_without_batch_norm_start_at_dinov2s_spread():

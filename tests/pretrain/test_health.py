@@ -56,6 +56,14 @@ def test_probe_numbers_of_made_up_tokens():
     assert zero["probe_sigreg"] == pytest.approx(0.409 * 64, rel=0.01)
 
 
+def test_tokens_that_are_not_finite_have_no_rank():
+    """A run that blew up is named by its verdict, not by an error of linear algebra."""
+    bad = torch.full((8, 4), torch.nan)
+    assert math.isnan(effective_rank(bad))
+    tokens = Tokens(bad, bad[:, None], bad[:, None])
+    assert all(math.isnan(value) for value in probe_health(tokens, bad).values())
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_update_ratio_is_what_a_copy_would_say(decay):
     weight = nn.Parameter(normal(6, 4))

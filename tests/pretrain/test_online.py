@@ -73,6 +73,12 @@ def test_classes_that_lie_apart_are_found_and_noise_is_not():
     assert all(0.35 < value < 0.65 for value in bad.values())
 
 
+def test_features_that_are_not_finite_have_no_score():
+    y = np.arange(8) % 2
+    found = probe_scores(np.full((8, 3), np.nan, np.float32), labelled(y, "classification"))
+    assert np.isnan([found["knn"], found["linear"]]).all()
+
+
 def test_the_linear_score_is_that_of_a_ridge():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(120, 5)).astype(np.float32)

@@ -75,6 +75,16 @@ def test_overrides_keep_the_checks():
         override(RECIPES["tiny"], ["run.step=9"])
 
 
+def test_what_would_end_a_run_later_is_refused_at_once():
+    for settings, message in (
+        (["objective.gram_weight=2", "objective.gram_px=500"], r"objective\.gram_px 500 is no multiple"),
+        (["objective.kind=dino", "objective.regulariser=koleo", "run.batch_size=4", "run.accumulate=4"], "two slices"),
+        (["objective.kind=dino", "views.mask_group=1", "views.mask_probability=0.4"], "needs a masked crop"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            override(RECIPES["tiny"], settings)
+
+
 def test_views_are_two_dimensional():
     with pytest.raises(UsageError, match="views are 2D, so the patch has two sides"):
         Recipe(name="x", model=ViTConfig(patch=(8, 16, 16), image=(32, 256, 256)), run=Run())

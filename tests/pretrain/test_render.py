@@ -133,6 +133,18 @@ def test_all_at_once_equals_one_by_one(unit, monkeypatch):
     torch.testing.assert_close(at_once, make(sources, views), atol=1e-5, rtol=1e-5)
 
 
+def test_a_chunk_of_one_padded_slice(monkeypatch):
+    """A GPU's last chunk may be a single slice, with the padding of the larger ones before it."""
+    sources = [make_source("HU", shape, n) for n, shape in enumerate([(64, 64), (60, 50), (40, 33)])]
+    views = [[replace(PLAIN, box=box) for box in BOXES] for _ in sources]
+    raw = pack(sources, views, CONTRACT)
+    monkeypatch.setattr(render_module, "_one_by_one", lambda tensor: False)
+    monkeypatch.setattr(render_module, "CHUNK", 2)
+    in_chunks = render(raw, [(raw, 32)], CONTRACT)[0]
+    monkeypatch.undo()
+    torch.testing.assert_close(in_chunks, make(sources, views), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("unit", "box"), [("HU", BOXES[0]), ("", BOXES[0]), ("HU", BOXES[1])])
 def test_without_changes_a_crop_is_what_the_encoder_is_shown(unit, box):
     """`normalise_slice` and `resize` of the contract."""

@@ -81,6 +81,17 @@ def test_student_and_teacher_begin_as_the_teacher_ended(run):
     )
 
 
+def test_the_anchor_of_a_gram_stage_begins_as_the_teacher_ended(run):
+    recipe, out = run
+    objective = replace(recipe.objective, gram_weight=1.0, gram_start=0.0, gram_px=64)
+    learner = Learner(replace(recipe, objective=objective))
+    initialise(learner, replace(recipe, objective=objective, start_from=str(out)))
+    left = last_learner(out)
+    assert all(
+        torch.equal(tensor, left[f"teacher.backbone.{name}"]) for name, tensor in learner.gram.state_dict().items()
+    )
+
+
 def test_heads_of_other_shapes_stay_drawn(run):
     recipe, out = run
     other = replace(recipe, start_from=str(out), objective=replace(recipe.objective, prototypes=25))

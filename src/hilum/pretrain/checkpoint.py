@@ -117,10 +117,10 @@ class CheckpointWriter:
             )
         record = {"format": "hilum-checkpoint", "version": VERSION, "step": self._step}
         write_json(hidden / INDEX, {**record, "recipe_hash": self.recipe_hash, "files": files})
-        _remove(path)
+        remove_checkpoint(path)
         os.replace(hidden, path)
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            _remove(old)
+            remove_checkpoint(old)
 
     def _hidden(self) -> Path:
         return self.folder / f".step-{self._step:08d}.tmp"
@@ -130,6 +130,14 @@ def clear_unfinished(folder: Path) -> None:
     """Remove what a killed run was writing or removing; only for the run that goes on, and on one rank."""
     for unfinished in folder.glob(".step-*"):
         shutil.rmtree(unfinished)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Hide, then delete: a kill in between leaves no half checkpoint under a good name."""
+    if path.is_dir():
+        hidden = path.with_name(f".{path.name}.old")
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -303,11 +311,3 @@ def _overlaps(parts: list[_Chunk], first: int, last: int) -> Iterator[tuple[_Chu
         begin, end = max(first, part.first), min(last, part.first + part.shape[0])
         if begin < end:
             yield part, begin, end
-
-
-def _remove(path: Path) -> None:
-    """Hide, then delete: a kill in between leaves no half checkpoint under a good name."""
-    if path.is_dir():
-        hidden = path.with_name(f".{path.name}.old")
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)

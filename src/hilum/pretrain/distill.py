@@ -90,7 +90,8 @@ class Learner(nn.Module):
         if batch.gram is not None and self.anchors(step):
             parts["gram"] = self._anchor(batch.gram, tokens[0])
             loss = loss + self.recipe.objective.gram_weight * parts["gram"]
-        return StepResult(loss, parts, tokens[0].cls.detach().float())
+        features = tokens[0].cls.detach().to(torch.float32, copy=True)  # a view would keep all tokens
+        return StepResult(loss, parts, features)
 
     def distils(self, step: int) -> bool:
         """Whether this step asks the teacher (DINO + iBOT); before the hand-over it does not."""
@@ -105,11 +106,10 @@ class Learner(nn.Module):
         objective, num_global = self.recipe.objective, self.recipe.views.num_global
         num_slices = len(batch.globals) // num_global
         num_views = sum(len(t.cls) for t in tokens) // num_slices
-        hidden = batch.masks.flatten().nonzero()[:, 0]
-        targets_GBK, hidden_targets = self._ask_teacher(batch, hidden, step)
+        targets_GBK, hidden_targets = self._ask_teacher(batch, step)
         unit, prototypes, bottleneck = self.student["dino_head"](torch.cat([t.cls for t in tokens]))
         parts["dino"] = dino_loss(unit, prototypes, targets_GBK, num_views, objective.student_temperature)
-        unit, prototypes, _ = self.student["ibot_head"](tokens[0].patches.flatten(0, 1)[hidden])
+        unit, prototypes, _ = self.student["ibot_head"](tokens[0].patches.flatten(0, 1)[batch.hidden])
         parts["ibot"] = ibot_loss(unit, prototypes, hidden_targets, batch.masks, objective.student_temperature)
         on = tokens[0].cls if objective.regulariser_on == "class_token" else bottleneck[: num_global * num_slices]
         with torch.no_grad():
@@ -124,12 +124,12 @@ class Learner(nn.Module):
         )
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: Batch, hidden: Tensor, step: int) -> tuple[Tensor, Assignments]:
+    def _ask_teacher(self, batch: Batch, step: int) -> tuple[Tensor, Assignments]:
         """Targets of the unmasked global crops: (G, B, K), and those of the patches that the student does not see."""
         seen = self.teacher_backbone().eval()(batch.globals)  # its heads normalise by the batch, as the student's do
         temperature = self.teacher_temperature(step)
         cls = self._assign("dino", seen.cls, temperature).rows(slice(None))
-        patches = self._assign("ibot", seen.patches.flatten(0, 1)[hidden], temperature)
+        patches = self._assign("ibot", seen.patches.flatten(0, 1)[batch.hidden], temperature)
         return cls.view(self.recipe.views.num_global, -1, cls.shape[1]), patches
 
     def _assign(self, name: str, x: Tensor, temperature: float) -> Assignments:

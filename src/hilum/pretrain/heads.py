@@ -28,23 +28,26 @@ class PrototypeHead(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm whose statistics in training are those of the rows of all ranks (torch's own does that on CUDA only)."""
+    """BatchNorm whose statistics in training are those of the rows of all ranks (torch's own does that on CUDA only).
+
+    One row alone, which torch's own refuses, becomes the bias.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if num_ranks() == 1 or not self.training:
+        if (num_ranks() == 1 and len(x) > 1) or not self.training:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         wide = x.float()
-        num = all_sum(wide.new_tensor(len(x)))
-        mean = all_sum(wide.sum(0)) / num
-        var = all_sum((wide - mean).square().sum(0)) / num
+        num = all_sum(wide.new_full((), len(x)))
+        mean = all_sum(wide.sum(0)) / num.clamp(min=1)
+        var = all_sum((wide - mean).square().sum(0)) / num.clamp(min=1)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * num / (num - 1), self.momentum)
+            self.running_var.lerp_(var * num / (num - 1).clamp(min=1), self.momentum)
         return ((wide - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Is the run learning? Numbers read off tensors that are there anyway, and what the device could do at best."""
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -19,8 +20,11 @@ CLOCK = ("seconds", "data_wait", "images_per_second", "utilisation")
 def effective_rank(x_ND: Tensor) -> float:
     """RankMe (arXiv 2210.02885): exp of the entropy of the singular values of the centred rows.
 
-    Compare it at one N only: N rows of iid normal numbers of width 768 have 458 at N = 512 and 749 at N = 4,096.
+    Compare it at one N only: N rows of iid normal numbers of width 768 have 458 at N = 512 and 749 at N = 4,096. NaN when
+    there is a number that is not finite.
     """
+    if not bool(x_ND.isfinite().all()):
+        return math.nan
     sigma = torch.linalg.svdvals(x_ND.float() - x_ND.float().mean(0))
     share = sigma / sigma.sum().clamp_min(1e-12)
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))

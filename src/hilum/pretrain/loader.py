@@ -38,8 +38,8 @@ class Batch:
     globals   (G·B, 1, S, S)
     locals    (L·B, 1, s, s), or None without local crops
     masks     (G·B, N) bool; batches of whole mask groups all hide the same number of patches
+    hidden    (M,) their numbers in masks.flatten(), found on the CPU since a GPU that is asked for them has to be waited for
     points    (G, B, P, 2) places (y, x in fractions of the crop) that all global crops of a slice show; NaN without one
-    gram      (G·B, 1, P, P) the global crops without change of intensity for Gram anchoring, or None
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
     gram      (G·B, 1, gram_px, gram_px) the global crops, intensity unchanged, for the Gram teacher; None without one
     """
@@ -47,6 +47,7 @@ class Batch:
     globals: Tensor
     locals: Tensor | None
     masks: Tensor
+    hidden: Tensor
     points: Tensor
     foreground: float
     num_rejected: float
@@ -68,6 +69,7 @@ class DrawnBatch:
     sizes: tuple[int, int]
     with_gram: bool
     masks: Tensor
+    hidden: Tensor
     points: Tensor
     foreground: float
     num_rejected: float
@@ -151,12 +153,14 @@ class Slices:
         views = [view for d in drawn for view in d.views]
         sizes, step = self.sizes(first_sample), first_sample // self.recipe.run.batch_size
         empty = np.zeros((sizes[0] // self.recipe.model.patch[0], sizes[0] // self.recipe.model.patch[1]), bool)
-        masks = [d.views[n].mask for n in range(self.recipe.views.num_global) for d in drawn]
+        each = [d.views[n].mask for n in range(self.recipe.views.num_global) for d in drawn]
+        masks = torch.from_numpy(np.stack([empty if m is None else m for m in each])).flatten(1)
         return DrawnBatch(
             raw=pack([d.source for d in drawn], [d.views for d in drawn], self.contract),
             sizes=sizes,
             with_gram=bool(self.recipe.objective.gram_weight) and step >= self.recipe.gram_steps[0],
-            masks=torch.from_numpy(np.stack([empty if m is None else m for m in masks])).flatten(1),
+            masks=masks,
+            hidden=masks.flatten().nonzero()[:, 0],
             points=torch.from_numpy(np.stack([d.points for d in drawn], 1)),
             foreground=float(np.mean([view.foreground for view in views])),
             num_rejected=float(np.mean([len(view.rejected) for view in views])),
@@ -177,6 +181,7 @@ class Slices:
             globals=made["globals"],
             locals=made.get("locals"),
             masks=drawn.masks,
+            hidden=drawn.hidden,
             points=drawn.points,
             foreground=drawn.foreground,
             num_rejected=drawn.num_rejected,

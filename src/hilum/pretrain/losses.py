@@ -63,7 +63,8 @@ def sigreg(
 
     Cosine is even and sine odd, so the knots at t > 0 count twice and the others are left out.
     """
-    directions_DS = torch.randn(z_ND.shape[1], num_slices, generator=generator).to(z_ND)
+    directions_DS = torch.randn(z_ND.shape[1], num_slices, generator=generator)
+    directions_DS = directions_DS.to(z_ND.device, z_ND.dtype, non_blocking=True)
     directions_DS = functional.normalize(directions_DS, dim=0)
     t = torch.linspace(0, reach, (num_knots + 1) // 2, dtype=z_ND.dtype, device=z_ND.device)
     gauss = torch.exp(-(t**2) / 2)
@@ -71,7 +72,7 @@ def sigreg(
     weight[0] /= 2
     weight[-1] /= 2
     angles_TNS = t[:, None, None] * (z_ND @ directions_DS)
-    num = all_sum(z_ND.new_tensor(len(z_ND)))
+    num = all_sum(z_ND.new_full((), len(z_ND)))
     waves = all_sum(torch.stack([angles_TNS.cos().sum(1), angles_TNS.sin().sum(1)])) / num
     away = (waves[0] - gauss[:, None]).square() + waves[1].square()
     return (weight @ away).mean() * num

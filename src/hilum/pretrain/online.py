@@ -114,8 +114,10 @@ def probe_scores(features: NDArray[np.float32], labelled: Labelled) -> dict[str,
     """`knn` and `linear`: mean area under the ROC curve (R² for quantities), each half of the patients from the other.
 
     The linear head is ridge regression on standardised features in closed form. Both are for comparing moments of one run;
-    `hilum probe` is for results.
+    `hilum probe` is for results. NaN where features are not finite.
     """
+    if not np.isfinite(features).all():
+        return {"knn": np.nan, "linear": np.nan}
     classification = labelled.task == "classification"
     num_outputs = int(labelled.y.max()) + 1 if classification else 1
     knn, linear = np.zeros((2, len(features), num_outputs))

@@ -63,7 +63,7 @@ def centred_softmax(unit_Md: Tensor, prototypes_Kd: Tensor, center_K: Tensor, te
 def mean_logits(unit_Md: Tensor, prototypes_Kd: Tensor) -> Tensor:
     """The mean over all rows of all ranks, (K,); ranks may have different numbers of hidden patches."""
     with torch.autocast(unit_Md.device.type, enabled=False):
-        return prototypes_Kd @ (all_sum(unit_Md.sum(0)) / all_sum(unit_Md.new_tensor(len(unit_Md))))
+        return prototypes_Kd @ (all_sum(unit_Md.sum(0)) / all_sum(unit_Md.new_full((), len(unit_Md))))
 
 
 def _kernel(unit_Md: Tensor, prototypes_Kd: Tensor, temperature: float) -> Tensor:
@@ -109,8 +109,9 @@ def ibot_loss(
     student_Md   unit vectors of the hidden patches, in the order of mask.nonzero()
     mask_CN      (crops, patches) bool; crops without a mask count in the divisor (DINOv2's code)
     """
-    per_crop = 1 / (mask_CN.sum(1).clamp(min=1).to(teacher.row_M) * len(mask_CN))
-    weight = per_crop[mask_CN.nonzero()[:, 0]]
+    num = mask_CN.sum(1)
+    per_crop = 1 / (num.clamp(min=1).to(teacher.row_M) * len(mask_CN))
+    weight = per_crop.repeat_interleave(num, output_size=len(student_Md))  # a GPU need not be asked how many
     return cross_entropy(student_Md, prototypes_Kd, teacher.rows, torch.ones_like(weight), weight, temperature)
 
 

@@ -312,15 +312,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if len(self.model.patch) != 2:
             raise UsageError(f"recipe {self.name}: views are 2D, so the patch has two sides; found {self.model.patch}")
-        if self.objective.kind == "dino" and self.objective.ibot_weight and not self.views.mask_probability:
+        masked = int(self.views.mask_group * self.views.num_global * self.views.mask_probability)
+        if self.objective.kind == "dino" and self.objective.ibot_weight and not masked:
             raise UsageError(
-                f"recipe {self.name}: iBOT needs masks; raise views.mask_probability or set ibot_weight to 0"
+                f"recipe {self.name}: iBOT needs a masked crop in each mask_group; raise views.mask_probability or "
+                "views.mask_group, or set ibot_weight to 0"
             )
-        sizes = [("global_px", self.views.global_px), ("local_px", self.views.local_px)]
-        sizes += [("resolutions", px) for pair in self.views.resolutions for px in pair[:2]]
+        if self.objective.regulariser == "koleo" and self.run.batch_size == self.run.accumulate:
+            raise UsageError(f"recipe {self.name}: KoLeo needs at least two slices in a micro-batch; found 1")
+        sizes = [("views.global_px", self.views.global_px), ("views.local_px", self.views.local_px)]
+        sizes += [("views.resolutions", px) for pair in self.views.resolutions for px in pair[:2]]
+        sizes += [("objective.gram_px", self.objective.gram_px)] if self.objective.gram_weight else []
         for name, px in sizes:
             if any(px % p for p in self.model.patch):
-                raise UsageError(f"views.{name} {px} is no multiple of the patch {self.model.patch}")
+                raise UsageError(f"{name} {px} is no multiple of the patch {self.model.patch}")
 
     @property
     def handover_step(self) -> int:

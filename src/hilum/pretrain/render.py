@@ -68,7 +68,8 @@ class Raw:
     def plain(self) -> "Raw":
         """The same crops without any change of intensity."""
         views = self.views.clone()
-        views[..., 5:10] = views.new_tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+        views[..., 5:10] = 0
+        views[..., 5] = views[..., 7] = 1  # gain and gamma
         views[..., 10:12] = self.slices[:, None, 4:6]
         return replace(self, views=views)
 
@@ -144,7 +145,7 @@ def standardise(raw: Raw, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     values = raw.stored.float().mul_(slope).add_(intercept)
     torch.minimum(torch.maximum(values, low, out=values), high, out=values)  # much faster than clamp with tensors
     num = height * width
-    if len(values) > 1:  # else nothing is padded
+    if len(values) > 1 or not _one_by_one(values):  # else nothing is padded
         rows, columns = (torch.arange(n, device=values.device) for n in values.shape[1:])
         inside = (rows[:, None] < height) & (columns < width)
         mean = torch.where(inside, values, 0).sum((1, 2), keepdim=True) / num

@@ -7,14 +7,13 @@ alone, so a run that is stopped after a roll-back goes on as it would have.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hilum.errors import TrainingDiverged
 from hilum.pretrain import ranks
-from hilum.pretrain.checkpoint import CheckpointWriter
+from hilum.pretrain.checkpoint import CheckpointWriter, remove_checkpoint
 from hilum.pretrain.diagnose import Diagnosis
 from hilum.pretrain.recipe import Recipe
 from hilum.records import write_text
@@ -97,7 +96,7 @@ def _roll_back(events: Events, fatal: Diagnosis) -> bool:
         return False
     for path in (events.out / "checkpoints").glob("step-*"):
         if _step(path) > target:
-            shutil.rmtree(path)
+            remove_checkpoint(path)
     events.roll_back(target, fatal)
     return True
 

@@ -57,6 +57,8 @@ def initialise(learner: Learner, recipe: Recipe) -> dict[str, Any]:
     learner.teacher_backbone().load_state_dict(state)
     heads = _load_heads(learner, start.others)
     learner.student.load_state_dict(learner.teacher.state_dict())
+    if recipe.objective.gram_weight:
+        learner.gram.load_state_dict(state)
     report = start.weights.report
     summary = [f"{report['layout']} {report['hash']}", *report["transformed"], *changes]
     if heads:
