@@ -143,7 +143,7 @@ class Learner(nn.Module):
         return targets
 
     def _join_views(self, batch: Batch, tokens: list[Tokens], step: int, parts: dict[str, Tensor]) -> Tensor:
-        """LeJEPA: all views near the mean of the global ones, each global view's projections standard normal.
+        """LeJEPA: all views near the mean of the global ones, each view's projections standard normal.
 
         Masked global crops are views like others, so the guided masks make the task harder where the anatomy is.
         """

@@ -72,10 +72,11 @@ def make_optimiser(student: nn.ModuleDict, recipe: Recipe) -> torch.optim.AdamW:
 def set_schedules(optimiser: torch.optim.AdamW, recipe: Recipe, step: int) -> float:
     """Write this step's learning rate and weight decay into the groups; returns the learning rate.
 
-    Prototypes are frozen by a learning rate of 0, so their moments accumulate (DINOv2).
+    Prototypes are frozen by a learning rate of 0, so their moments accumulate (DINOv2); a hand-over starts that anew.
     """
     lr, decay = learning_rate(recipe, step), weight_decay(recipe, step)
-    frozen = step < recipe.optimiser.freeze_last_layer * recipe.run.steps
+    begin = recipe.handover_step
+    frozen = step - begin < recipe.optimiser.freeze_last_layer * (recipe.run.steps - begin)
     for group in optimiser.param_groups:
         group["lr"] = 0.0 if group["is_last_layer"] and frozen else lr * group["factor"]
         group["weight_decay"] = decay if group["decayed"] else 0.0
