@@ -327,3 +327,12 @@ def test_a_cut_line_of_events_is_no_event(tmp_path):
     )
     assert events.offset == 4
     assert events.num_roll_backs == 1
+
+
+def test_a_term_that_a_hand_over_ended_is_forgotten():
+    history = History()
+    for step in range(20):
+        history.add({"step": step, "loss": 1.0, "invariance": 1e-4})
+    history.add({"step": 20, "loss": 9.0, "dino": 6.0})
+    assert history.last("invariance", 10) == []
+    assert history.last("loss", 1) == [(20, 9.0)]

@@ -65,8 +65,9 @@ class History:
         """One line of metrics.jsonl; numbers that are not finite count as absent."""
         self.step = int(line["step"])
         if (terms := TERMS & line.keys()) != self.terms:
+            for name in ("loss", *self.terms - terms):
+                self.series.pop(name, None)
             self.terms, self.begin, self.first_losses = terms, self.step, []
-            self.series["loss"].clear()
         for name, value in line.items():
             if name == "step" or not isinstance(value, int | float) or not math.isfinite(value):
                 continue
@@ -77,7 +78,7 @@ class History:
                 self.first_losses.append(value)
 
     def last(self, name: str, count: int) -> list[tuple[int, float]]:
-        """The last `count` (step, value) of a number, oldest first; [] when there are fewer, or the last is old news."""
+        """The last `count` (step, value) of a number, oldest first; [] when there are fewer."""
         found = list(self.series[name])[-count:] if name in self.series else []
         return found if len(found) == count else []
 
