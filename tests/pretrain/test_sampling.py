@@ -111,7 +111,7 @@ def test_nothing_to_train_on():
     for changes in ({"ct": -1.0}, {"ct": 0.0, "mr": 0.0, "other": 0.0}):
         with pytest.raises(UsageError, match="must be at least 0 and not all 0"):
             Sampling(**changes)
-    with pytest.raises(UsageError, match="volume_power must be in 0 to 1; found 2"):
+    with pytest.raises(UsageError, match="volume_power must be between 0 and 1; found 2"):
         Sampling(volume_power=2.0)
 
 

@@ -258,9 +258,9 @@ def test_without_settings_nothing_changes():
         ({"mask_ratio": (0.5, 1.2)}, "views.mask_ratio .* at most 1"),
         ({"max_tries": 0}, "views.max_tries must be at least 1; found 0"),
         ({"mask_group": 0}, "views.mask_group must be at least 1; found 0"),
-        ({"ct": Intensity(gamma=0.1)}, "views.ct.gamma bends Hounsfield units"),
-        ({"mr": Intensity(window=0.1)}, "views.mr.window has none"),
-        ({"resolutions": ((64, 32, 0.0),)}, "every weight must be above 0"),
+        ({"ct": Intensity(gamma=0.1)}, "views.ct.gamma must be 0, since it would bend Hounsfield units"),
+        ({"mr": Intensity(window=0.1)}, "views.mr.window must be 0, since windows are in Hounsfield units"),
+        ({"resolutions": ((64, 32, 0.0),)}, "views.resolutions must be of weights above 0"),
     ],
 )
 def test_specs_that_cannot_be_drawn_are_refused(changes, message):
