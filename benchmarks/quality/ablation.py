@@ -37,10 +37,10 @@ from hilum.encode.embed import embed
 from hilum.encode.encoder import write_encoder
 from hilum.metrics import METRICS
 from hilum.pretrain.distill import Learner
-from hilum.pretrain.health import feature_health
 from hilum.pretrain.loop import contract_of, pretrain
 from hilum.pretrain.presets import load_recipe
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.health import feature_health
 from hilum.probe.fit import probe
 from hilum.probe.labels import read_features
 from hilum.probe.result import score_columns

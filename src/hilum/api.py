@@ -12,14 +12,14 @@ from hilum.demo import demo
 from hilum.encode.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
-from hilum.pretrain.report import show_run
+from hilum.pretrain.watch.report import show_run
 from hilum.probe.fit import probe
 
 __all__ = ["demo", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "scan", "show"]
 
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """One HTML page: of a run folder (`hilum.pretrain.report.show_run`), or of a ledger or store, with the options of
+    """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), or of a ledger or store, with the options of
     `hilum.archive.doctor.overview.show`."""
     if (Path(thing) / "run.json").is_file():
         return show_run(thing, out)

@@ -264,7 +264,7 @@ def show(
 ) -> None:
     """One HTML page: about a pre-training run, or about a whole archive."""
     if (thing / "run.json").is_file():
-        from hilum.pretrain.report import show_run
+        from hilum.pretrain.watch.report import show_run
 
         told = show_run(thing, out)
         _print(told, as_json, f"{out}: {told['num_steps']:,} steps, {told['num_events']:,} events")

@@ -69,7 +69,7 @@ def pretrain(
         )
     chosen = _choose(recipe, sets, seed, start_from)
     from hilum.pretrain.loop import pretrain as run
-    from hilum.pretrain.panel import Panel
+    from hilum.pretrain.watch.panel import Panel
 
     with Panel(quiet) as panel:
         record = run(chosen, data, out, device=device, labels=labels, target=target, progress=panel, watch=panel.watch)

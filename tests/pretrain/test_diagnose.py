@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from hilum.errors import TrainingDiverged
-from hilum.pretrain import distill, loop, rescue
+from hilum.pretrain import distill, loop
 from hilum.pretrain.checkpoint import last_checkpoint
-from hilum.pretrain.diagnose import RECENT, RULES, Diagnosis, History, diagnose
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.recipe import Recipe
-from hilum.pretrain.rescue import Events
+from hilum.pretrain.watch import rescue
+from hilum.pretrain.watch.diagnose import RECENT, RULES, Diagnosis, History, diagnose
+from hilum.pretrain.watch.rescue import Events
 
 
 def changed(recipe: Recipe, steps: int, **parts: dict[str, Any]) -> Recipe:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from hilum.archive.store.store import Store
 from hilum.pretrain.distill import Learner, step_generator
 from hilum.pretrain.heads import make_mlp
-from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices
 from hilum.pretrain.loop import contract_of
 from hilum.pretrain.losses import invariance, koleo, sigreg
 from hilum.pretrain.prototypes import centred_softmax, dino_loss, ibot_loss, sinkhorn_knopp
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.health import feature_health
 
 
 def make(recipe: Recipe, store_path) -> tuple[Learner, Batch]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from hilum.encode.vit import Tokens
-from hilum.pretrain.health import (
+from hilum.pretrain.loop import pretrain, read_lines
+from hilum.pretrain.watch.health import (
     CLOCK,
     effective_rank,
     feature_health,
@@ -18,8 +19,7 @@ from hilum.pretrain.health import (
     probe_health,
     update_ratio,
 )  # fmt: skip
-from hilum.pretrain.loop import pretrain, read_lines
-from hilum.pretrain.monitor import read_samples
+from hilum.pretrain.watch.monitor import read_samples
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -23,10 +23,10 @@ from hilum.encode.encoder import read_encoder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop
 from hilum.pretrain.distill import StepResult
-from hilum.pretrain.health import CLOCK
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.parallel import Replica
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.health import CLOCK
 from hilum.settings import to_dict
 
 
@@ -127,7 +127,7 @@ RUNNER = """
 import sys, time
 from pathlib import Path
 from hilum.errors import HilumError
-from hilum.pretrain.health import CLOCK
+from hilum.pretrain.watch.health import CLOCK
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.recipe import Recipe
 from hilum.settings import from_dict

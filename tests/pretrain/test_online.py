@@ -13,7 +13,7 @@ from hilum.encode.contract import Contract
 from hilum.errors import LabelsError, UsageError
 from hilum.metrics import r2
 from hilum.pretrain.loop import pretrain, read_lines
-from hilum.pretrain.online import RIDGE, Labelled, probe_scores, read_labelled
+from hilum.pretrain.watch.online import RIDGE, Labelled, probe_scores, read_labelled
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hilum.pretrain.health import CLOCK
 from hilum.pretrain.loop import pretrain, read_lines
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.health import CLOCK
 
 Spawn = Callable[..., tuple[list[int | None], list[str]]]
 

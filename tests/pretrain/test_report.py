@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from hilum.errors import InputError
-from hilum.pretrain import panel
-from hilum.pretrain.diagnose import Diagnosis
 from hilum.pretrain.loop import pretrain
-from hilum.pretrain.panel import Panel, bar, duration, sparkline
-from hilum.pretrain.pictures import Chart, charts, pca_over_time, query_patch, smooth
 from hilum.pretrain.presets import RECIPES
-from hilum.pretrain.report import show_run
+from hilum.pretrain.watch import panel
+from hilum.pretrain.watch.diagnose import Diagnosis
+from hilum.pretrain.watch.panel import Panel, bar, duration, sparkline
+from hilum.pretrain.watch.pictures import Chart, charts, pca_over_time, query_patch, smooth
+from hilum.pretrain.watch.report import show_run
 from hilum.records import read_json, write_json
 
 

@@ -39,17 +39,17 @@ from hilum.errors import (
 )
 from hilum.pretrain import ranks
 from hilum.pretrain.checkpoint import CheckpointWriter, clear_unfinished, last_checkpoint, read_checkpoint
-from hilum.pretrain.diagnose import Diagnosis
 from hilum.pretrain.distill import Learner, StepResult
-from hilum.pretrain.health import feature_health
 from hilum.pretrain.loader import Batch, Slices, batches
-from hilum.pretrain.monitor import Monitor
-from hilum.pretrain.online import read_labelled
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.parallel import Replica, joined
 from hilum.pretrain.recipe import Recipe, Run
-from hilum.pretrain.rescue import Events, act
 from hilum.pretrain.start import check_start, initialise
+from hilum.pretrain.watch.diagnose import Diagnosis
+from hilum.pretrain.watch.health import feature_health
+from hilum.pretrain.watch.monitor import Monitor
+from hilum.pretrain.watch.online import read_labelled
+from hilum.pretrain.watch.rescue import Events, act
 from hilum.records import explain_full_disk, machine, read_json, versions, write_json, write_text
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from hilum.errors import InputError
 from hilum.figures import REJECTED, SERIES
 from hilum.pages import Page
-from hilum.pretrain.diagnose import RULES
 from hilum.pretrain.loop import read_lines
-from hilum.pretrain.monitor import read_samples
-from hilum.pretrain.pictures import Chart, charts, pca_over_time, sample_sheet, similarity_over_time
 from hilum.pretrain.presets import RECIPES
 from hilum.pretrain.recipe import Recipe
-from hilum.pretrain.rescue import Events
+from hilum.pretrain.watch.diagnose import RULES
+from hilum.pretrain.watch.monitor import read_samples
+from hilum.pretrain.watch.pictures import Chart, charts, pca_over_time, sample_sheet, similarity_over_time
+from hilum.pretrain.watch.rescue import Events
 from hilum.records import read_json
 from hilum.settings import differences, from_dict, to_dict
 

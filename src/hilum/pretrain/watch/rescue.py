@@ -14,8 +14,8 @@ from typing import Any
 from hilum.errors import TrainingDiverged
 from hilum.pretrain import ranks
 from hilum.pretrain.checkpoint import CheckpointWriter, remove_checkpoint
-from hilum.pretrain.diagnose import Diagnosis
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.diagnose import Diagnosis
 from hilum.records import write_text
 
 MAX_ROLL_BACKS = 3

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hilum.pretrain.diagnose import Diagnosis
+from hilum.pretrain.watch.diagnose import Diagnosis
 from hilum.terminal import Reporter
 
 BLOCKS = "▁▂▃▄▅▆▇█"

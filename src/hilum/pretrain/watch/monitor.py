@@ -19,13 +19,13 @@ from torch import Tensor
 from hilum.encode.contract import Contract, normalise_slice, resize
 from hilum.encode.vit import Tokens, ViT
 from hilum.pretrain.cost import flops_per_image
-from hilum.pretrain.diagnose import Diagnosis, History, diagnose
 from hilum.pretrain.distill import Learner
-from hilum.pretrain.health import measure_peak, probe_health, update_ratio
 from hilum.pretrain.loader import Drawn, Slices
-from hilum.pretrain.online import Labelled, probe_scores
 from hilum.pretrain.ranks import num_ranks, rank
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.watch.diagnose import Diagnosis, History, diagnose
+from hilum.pretrain.watch.health import measure_peak, probe_health, update_ratio
+from hilum.pretrain.watch.online import Labelled, probe_scores
 from hilum.records import write_atomic
 
 NUM_PROBE = 256

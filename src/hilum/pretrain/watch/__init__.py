@@ -1,0 +1,1 @@
+"""Is the run learning? Signals, verdicts, and how they are shown."""
