@@ -17,7 +17,7 @@ from hilum.pretrain.heads import PrototypeHead, make_mlp
 from hilum.pretrain.loader import Batch
 from hilum.pretrain.losses import gram_loss, invariance, koleo, sigreg
 from hilum.pretrain.prototypes import Assignments, centred_softmax, dino_loss, ibot_loss, mean_logits, sinkhorn_knopp
-from hilum.pretrain.ranks import all_sum, local, num_ranks
+from hilum.pretrain.ranks import all_mean, all_sum, local, num_ranks
 from hilum.pretrain.recipe import Recipe
 
 
@@ -115,7 +115,7 @@ class Learner(nn.Module):
         with torch.no_grad():
             parts["teacher_entropy"] = -torch.xlogy(targets_GBK, targets_GBK).sum(-1).mean()
             parts["divergence"] = parts["dino"].detach() - parts["teacher_entropy"]
-            mean_target = all_sum(targets_GBK.mean((0, 1))) / num_ranks()
+            mean_target = all_mean(targets_GBK.mean((0, 1)))
             parts["prototypes_used"] = torch.exp(-torch.xlogy(mean_target, mean_target).sum())
         return (
             objective.dino_weight * parts["dino"]
@@ -179,9 +179,7 @@ class Learner(nn.Module):
         parts["patch_invariance"] = (
             invariance(projected, num_global) * share if bool(shared.any()) else 0 * projected.sum()
         )
-        generator = step_generator(self.recipe.run.seed, step, 2)
-        values = [sigreg(view, objective.sigreg_slices, generator) for view in projected]
-        parts["patch_sigreg"] = torch.stack(values).mean()
+        parts["patch_sigreg"] = self._sigreg(projected, step, 2)
         weight = objective.regulariser_weight
         return (1 - weight) * parts["patch_invariance"] + weight * parts["patch_sigreg"]
 
@@ -193,10 +191,13 @@ class Learner(nn.Module):
         if objective.regulariser == "koleo":
             parts["koleo"] = torch.stack([koleo(view) for view in samples_VBD]).sum()
             return objective.regulariser_weight * parts["koleo"]
-        generator = step_generator(self.recipe.run.seed, step, 1)
-        values = [sigreg(view, objective.sigreg_slices, generator) for view in samples_VBD]
-        parts["sigreg"] = torch.stack(values).mean()
+        parts["sigreg"] = self._sigreg(samples_VBD, step, 1)
         return objective.regulariser_weight * parts["sigreg"]
+
+    def _sigreg(self, samples_VBD: Tensor, step: int, purpose: int) -> Tensor:
+        """The mean over views; each view has directions of its own, which the step and the purpose decide."""
+        generator = step_generator(self.recipe.run.seed, step, purpose)
+        return torch.stack([sigreg(v, self.recipe.objective.sigreg_slices, generator) for v in samples_VBD]).mean()
 
     def _anchor(self, images: Tensor, tokens: Tokens) -> Tensor:
         """Gram anchoring: the earlier teacher sees the whole crop at its own size; its map is brought to the student's grid."""

@@ -231,9 +231,7 @@ def _forward(replica: Replica, batch: Batch, step: int) -> StepResult:
 def _averages(results: Sequence[StepResult], batches: Sequence[Batch]) -> dict[str, float]:
     """Loss, its parts and facts of the crops: means over micro-batches and ranks, all in one message."""
     rows = [{"loss": result.loss, **result.parts} for result in results]
-    names = list(
-        dict.fromkeys(name for row in rows for name in row)
-    )  # some micro-batches may lack a part, on all ranks
+    names = list(dict.fromkeys(name for row in rows for name in row))  # a micro-batch may lack a part, on all ranks
     learnt = torch.stack([torch.stack([row[name].double() for row in rows if name in row]).mean() for name in names])
     crops = torch.tensor([[b.foreground, b.num_rejected] for b in batches], dtype=torch.float64).mean(0)
     means = ranks.all_mean(torch.cat([learnt, crops.to(learnt.device)]))

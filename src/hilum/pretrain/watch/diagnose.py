@@ -243,24 +243,27 @@ def duplicates(history: History, recipe: Recipe) -> Sign | None:
     return None
 
 
-def sigreg_at_zero(history: History, recipe: Recipe) -> Sign | None:
+def _sigreg_per_sample(history: History, recipe: Recipe) -> tuple[float, float, int] | None:
+    """Median of the last SigReg values, the same per sample, and the first of their steps; None while it says little."""
     values, num = history.last("sigreg", 20), recipe.run.batch_size
     if not values or num < 16 or history.step < settled(recipe):
         return None
     found = median(v for _, v in values)
-    if 0.36 * num < found < 0.43 * num:
-        return Sign(f"SigReg {found:.1f} = {found / num:.2f}·N; .409·N means all points at zero", values[0][0])
-    return None
+    return found, found / num, values[0][0]
+
+
+def sigreg_at_zero(history: History, recipe: Recipe) -> Sign | None:
+    seen = _sigreg_per_sample(history, recipe)
+    if seen is None or not 0.36 < seen[1] < 0.43:
+        return None
+    return Sign(f"SigReg {seen[0]:.1f} = {seen[1]:.2f}·N; .409·N means all points at zero", seen[2])
 
 
 def over_dispersed(history: History, recipe: Recipe) -> Sign | None:
-    values, num = history.last("sigreg", 20), recipe.run.batch_size
-    if not values or num < 16 or history.step < settled(recipe):
+    seen = _sigreg_per_sample(history, recipe)
+    if seen is None or seen[1] <= 0.6:
         return None
-    found = median(v for _, v in values)
-    if found > 0.6 * num:
-        return Sign(f"SigReg {found:.1f} = {found / num:.2f}·N; above .6·N the points are far too wide", values[0][0])
-    return None
+    return Sign(f"SigReg {seen[0]:.1f} = {seen[1]:.2f}·N; above .6·N the points are far too wide", seen[2])
 
 
 def dense_fading(history: History, recipe: Recipe) -> Sign | None:
