@@ -196,7 +196,7 @@ def evaluate(out: Path, home: Path, row: str, model: str) -> None:
                 device="cpu",
             )
     lines = [judge(out, home, row, task) for task in TASKS]
-    write_json(home / "scores.json", {"scores": lines, "health": held_out_health(out, home)})
+    write_json(home / "scores.json", {"scores": lines, "health": held_out_health(out, home), "commit": commit()})
 
 
 def judge(out: Path, home: Path, row: str, task: Task) -> dict[str, Any]:
@@ -241,17 +241,21 @@ def held_out_health(out: Path, home: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip()
+
+
 def report(out: Path) -> None:
     """One JSON line a row, seed and task on stdout, then OUT/table.md: rows side by side and each against the one before."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    facts = read_json(out / "settings.json") | {"report_commit": git.stdout.strip()}
+    facts = read_json(out / "settings.json") | {"report_commit": commit()}
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(out.glob("row-*/seed-*/scores.json")):
         row, seed = path.parts[-3].removeprefix("row-"), int(path.parts[-2].removeprefix("seed-"))
         found.setdefault(row, {})[seed] = read_json(path)
         for line in found[row][seed]["scores"]:
-            about = {"row": row, "change": ROWS[row], "seed": seed, "health": found[row][seed]["health"]}
-            print(json.dumps(line | about | facts))
+            run = {name: found[row][seed][name] for name in ("health", "commit")}
+            print(json.dumps(line | {"row": row, "change": ROWS[row], "seed": seed} | facts | run))
     text = [str(facts), ""]
     for task in TASKS:
         text += [f"## {task.name} ({task.metric})", "", *compare_rows(out, found, task), ""]
@@ -341,10 +345,9 @@ def main() -> None:
     if given.report:
         return report(given.out)
     make_stores(given.data, given.out)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     settings, path = {"steps": given.steps, "batch_size": given.batch}, given.out / "settings.json"
     if not path.exists():
-        write_json(path, settings | {"commit": git.stdout.strip(), "machine": machine(), "versions": versions()})
+        write_json(path, settings | {"machine": machine(), "versions": versions()})
     if (found := {name: read_json(path)[name] for name in settings}) != settings:
         parser.error(f"{given.out} holds runs with {found}, not {settings}; choose another folder")
     write_json(
