@@ -12,7 +12,7 @@ import torch
 from measure import print_lines, take_turns
 
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.encoder import ViTEncoder
+from hilum.encode.encoder import Encoder
 from hilum.encode.features import Scan, feature_rows
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.volume import Volume
@@ -25,8 +25,11 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
-    encoder = ViTEncoder(
-        ViT(ViTConfig(size=given.size, image=(given.px, given.px))), Contract(size_px=given.px), given.size
+    encoder = Encoder(
+        ViT(ViTConfig(size=given.size, image=(given.px, given.px))),
+        Contract(size_px=given.px),
+        given.size,
+        patch=(16, 16),
     )
     rng = np.random.default_rng(0)
     voxels = rng.integers(-1000, 1000, (given.slices, 512, 512)).astype(np.int16)
@@ -35,7 +38,7 @@ def main() -> None:
 
     def encode() -> None:
         for part in ready.split(32):
-            encoder.encode(part)
+            encoder.tokens(part)
 
     def whole() -> None:
         list(feature_rows(encoder, [scan], "slice", None, 32))

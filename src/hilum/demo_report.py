@@ -19,7 +19,7 @@ from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
 from hilum.encode.contract import normalise_slice, prepare_slice
 from hilum.encode.embed import read_mask_table
-from hilum.encode.encoder import ViTEncoder, read_encoder
+from hilum.encode.encoder import Encoder, read_encoder
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, read_lines
@@ -248,12 +248,12 @@ def _add_curves(page: Page, out: Path) -> None:
     page.figure(figures.curves([p for p in panels if p[1]]), "Thin: every step; thick: mean of 21 steps.")
 
 
-def _token_map(encoder: ViTEncoder, example: Example) -> NDArray[np.float32]:
+def _token_map(encoder: Encoder, example: Example) -> NDArray[np.float32]:
     """Patch tokens (rows, columns, D) of a slice shown at MAP_PX."""
-    contract = replace(encoder.contract, size_px=MAP_PX)
+    contract = replace(encoder.slice_contract, size_px=MAP_PX)
     image = prepare_slice(example.pixels, example.row.modality, example.row.unit, contract)
-    tokens = encoder.encode(image[None]).patches[0]
-    side = MAP_PX // encoder.model.config.patch[0]
+    tokens = encoder.tokens(image[None]).patches[0]
+    side = MAP_PX // encoder.patch[0]
     found: NDArray[np.float32] = tokens.view(side, side, -1).numpy()
     return found
 
@@ -264,7 +264,7 @@ def _foreground(example: Example, side: int) -> NDArray[np.bool_]:
     return inside
 
 
-def _add_maps(page: Page, encoder: ViTEncoder, examples: Sequence[Example]) -> None:
+def _add_maps(page: Page, encoder: Encoder, examples: Sequence[Example]) -> None:
     tokens = [_token_map(encoder, e) for e in examples]
     side = tokens[0].shape[0]
     page.section(
@@ -304,7 +304,7 @@ def _cosine(tokens: NDArray[np.float32], vector: NDArray[np.float32]) -> NDArray
     return out
 
 
-def _add_record(page: Page, recipe: Recipe, encoder: ViTEncoder, record: dict[str, Any]) -> None:
+def _add_record(page: Page, recipe: Recipe, encoder: Encoder, record: dict[str, Any]) -> None:
     page.section(
         "How to repeat it",
         f"Recipe `{recipe.name}`: {recipe.run.steps:,} steps of {recipe.run.batch_size} slices, objective "

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.encoder import Encoder, PixelEncoder, ViTEncoder, pool
+from hilum.encode.encoder import Encoder, pixel_encoder, pool
 from hilum.encode.vit import ViT, ViTConfig
 
 
-def make_vit(**changes: object) -> ViTEncoder:
+def make_vit(**changes: object) -> Encoder:
     torch.manual_seed(5)
     settings: dict = {"size": "nano", "patch": (8, 8), "image": (32, 32), **changes}
-    return ViTEncoder(ViT(ViTConfig(**settings)), Contract(size_px=48), "test")
+    return Encoder(ViT(ViTConfig(**settings)), Contract(size_px=48), "test", patch=(8, 8))
 
 
 ENCODERS: dict[str, Callable[[], Encoder]] = {
-    "pixels": PixelEncoder,
+    "pixels": pixel_encoder,
     "vit, learned positions": make_vit,
     "vit, rotary positions": lambda: make_vit(positions="rotary", num_registers=2),
     "vit, drop path in training": lambda: make_vit(drop_path=0.5, layer_scale=0.0),
@@ -38,7 +38,7 @@ def images(encoder) -> torch.Tensor:
 
 
 def test_shapes(encoder, images):
-    tokens = encoder.encode(images)
+    tokens = encoder.tokens(images)
     rows, columns = encoder.grid
     assert tokens.cls.shape[0] == tokens.patches.shape[0] == tokens.registers.shape[0] == 5
     assert tokens.patches.shape[1] == rows * columns
@@ -52,9 +52,9 @@ def test_shapes(encoder, images):
 
 
 def test_an_image_alone_is_encoded_as_in_a_batch(encoder, images):
-    together = encoder.encode(images)
+    together = encoder.tokens(images)
     for n in (0, 4):
-        alone = encoder.encode(images[n : n + 1])
+        alone = encoder.tokens(images[n : n + 1])
         for a, b in zip(alone, together):
             torch.testing.assert_close(a[0], b[n], atol=1e-5, rtol=1e-5)
 
@@ -62,19 +62,19 @@ def test_an_image_alone_is_encoded_as_in_a_batch(encoder, images):
 def test_order_of_the_batch_does_not_matter(encoder, images):
     order = torch.tensor([3, 1, 4, 0, 2])
     torch.testing.assert_close(
-        encoder.encode(images[order]).cls, encoder.encode(images).cls[order], atol=1e-5, rtol=1e-5
+        encoder.tokens(images[order]).cls, encoder.tokens(images).cls[order], atol=1e-5, rtol=1e-5
     )
 
 
 def test_twice_the_same(encoder, images):
     before = images.clone()
-    for a, b in zip(encoder.encode(images), encoder.encode(images)):
+    for a, b in zip(encoder.tokens(images), encoder.tokens(images)):
         assert torch.equal(a, b)
     assert torch.equal(images, before)
 
 
 def test_different_images_differ(encoder, images):
-    vectors = pool(encoder.encode(images), encoder.contract.pooling)
+    vectors = pool(encoder.tokens(images), encoder.contract.pooling)
     assert torch.pdist(vectors).min() > 1e-4
 
 
@@ -84,7 +84,7 @@ def test_patches_lie_row_by_row(encoder):
     plain = torch.randn(1, 1, size, size, generator=torch.Generator().manual_seed(1)) * 0.1
     marked = plain.clone()
     marked[..., : size // rows, size - size // columns :] += 3  # first row, last column
-    change = (encoder.encode(marked).patches - encoder.encode(plain).patches)[0].norm(dim=1).view(rows, columns)
+    change = (encoder.tokens(marked).patches - encoder.tokens(plain).patches)[0].norm(dim=1).view(rows, columns)
     assert change.argmax() == columns - 1
 
 

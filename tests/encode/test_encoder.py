@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import PixelEncoder, pool, read_encoder, read_model_config
+from hilum.encode.encoder import pixel_encoder, pool, read_encoder, read_model_config
 from hilum.encode.vit import Tokens
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, HilumError, InputError, UsageError
@@ -25,12 +25,12 @@ def test_a_loaded_encoder_gives_the_same_bits(export, vit):
     encoder = read_encoder(export)
     with torch.inference_mode():
         wanted = vit(some_images())
-    for a, b in zip(encoder.encode(some_images()), wanted):
+    for a, b in zip(encoder.tokens(some_images()), wanted):
         assert torch.equal(a, b)
     assert encoder.contract == Contract(size_px=32)
     assert encoder.name == "test@7"
     assert encoder.grid == (4, 4)
-    assert not any(p.requires_grad for p in encoder.model.parameters())
+    assert not any(p.requires_grad for p in encoder.network.parameters())
 
 
 def test_the_export_says_what_it_is(export):
@@ -133,12 +133,12 @@ def test_a_folder_that_is_no_encoder(tmp_path):
 
 def test_random_weights_follow_the_seed_and_leave_global_randomness_alone(export):
     state = torch.random.get_rng_state()
-    outs = [load_encoder(f"random:{export}", seed=s).encode(some_images()).cls for s in (0, 0, 1)]
+    outs = [load_encoder(f"random:{export}", seed=s).tokens(some_images()).cls for s in (0, 0, 1)]
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     trained = read_encoder(export)
-    assert not torch.equal(trained.encode(some_images()).cls, outs[0])
+    assert not torch.equal(trained.tokens(some_images()).cls, outs[0])
     random = load_encoder(f"random:{export}")
     assert random.name == "random-nano"
     assert random.contract == trained.contract
@@ -146,9 +146,9 @@ def test_random_weights_follow_the_seed_and_leave_global_randomness_alone(export
 
 def test_pixel_tokens_are_the_pixels():
     """Class token: means of 4×4 pixels. Patch token: the 16×16 pixels of the patch."""
-    encoder = PixelEncoder()
+    encoder = pixel_encoder()
     x = some_images(128)
-    tokens = encoder.encode(x)
+    tokens = encoder.tokens(x)
     assert encoder.grid == (8, 8)
     torch.testing.assert_close(tokens.cls[0].view(32, 32), x[0, 0].view(32, 4, 32, 4).mean((1, 3)))
     for n in (0, 7, 27, 63):

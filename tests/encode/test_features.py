@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.encoder import PixelEncoder
+from hilum.encode.encoder import Encoder, pixel_encoder
 from hilum.encode.features import (
     Scan,
     check_same_grid,
@@ -35,8 +35,8 @@ def make_scan(name: str = "s1", shape=(6, 20, 30), seed: int = 0, mask: np.ndarr
 
 
 @pytest.fixture
-def encoder() -> PixelEncoder:
-    return PixelEncoder()
+def encoder() -> Encoder:
+    return pixel_encoder()
 
 
 # ---- what is encoded
@@ -151,7 +151,7 @@ def test_vectors_come_in_order_whatever_the_batch(encoder):
     assert [i.slice for i, _ in one] == [i.slice for i, _ in four] == list(range(6))
     for (_, a), (_, b), item in zip(one, four, items):
         np.testing.assert_allclose(a, b, atol=1e-6)
-        np.testing.assert_allclose(a, encoder.encode(item.image[None]).cls[0].numpy(), atol=1e-6)
+        np.testing.assert_allclose(a, encoder.tokens(item.image[None]).cls[0].numpy(), atol=1e-6)
 
 
 def test_a_volume_is_the_mean_of_its_slices(encoder):
@@ -174,24 +174,23 @@ def test_rows_say_what_they_are(encoder):
     assert region["item"] == "s1/2/3"
     assert (region["slice"], region["region"], region["modality"], region["patient"]) == (2, 3, "CT", "p")
     assert region["contract"] == encoder.contract.hash
-    tokens = encoder.encode(prepare_slice(scan.volume.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
+    tokens = encoder.tokens(prepare_slice(scan.volume.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
     weights = region_weights(labels[2] == 3, encoder.grid)
     wanted = (weights[:, None] * tokens.patches[0]).sum(0) / weights.sum()
     np.testing.assert_allclose(region["vector"], wanted.numpy(), atol=1e-5)
     assert [r["item"] for r in feature_rows(encoder, [make_scan()], "slice", 2, 4)] == ["s1/1", "s1/4"]
 
 
-class Broken:
-    name, contract, grid = "broken", Contract(size_px=32, pooling="class"), (4, 4)
-
-    def encode(self, images: torch.Tensor) -> Tokens:
+class Broken(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> Tokens:
         cls = torch.full((len(images), 3), torch.nan)
         return Tokens(cls, cls[:, None], cls[:, None].expand(-1, 16, -1))
 
 
 def test_features_that_are_not_numbers_are_refused():
     with pytest.raises(ContractError, match="NaN or infinite features"):
-        list(feature_rows(Broken(), [make_scan()], "slice", None, 4))
+        encoder = Encoder(Broken(), Contract(size_px=32, pooling="class"), "broken", patch=(8, 8))
+        list(feature_rows(encoder, [make_scan()], "slice", None, 4))
 
 
 # ---- writing

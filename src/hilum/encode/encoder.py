@@ -1,72 +1,88 @@
-"""Encoders: slices in, tokens out, with a contract. One interface, final classes."""
+"""Encoders: slices or volumes in, tokens out, with a contract. One final class, whatever the network."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hilum.encode.contract import Contract
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import Tokens, ViT
+from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import from_dict, to_dict
 
+AnyContract = Contract | VolumeContract
 
-class Encoder(Protocol):
-    """What every encoder offers.
 
-    name       stands in feature tables
-    contract   what it expects; `encode` trusts that slices were prepared by it
-    grid       patch tokens along (rows, columns)
+class Encoder:
+    """A frozen network with its contract. Slices or volumes, ours or released: all encoders are this class.
+
+    network   (B, C, …) prepared by the contract → Tokens; a transformer of ours, or any module that gives the same
+    contract  what it expects; `tokens` trusts that its input was prepared by it
+    patch     pixels of a patch along (rows, columns) or (slices, rows, columns)
+    report    how its weights were loaded (`hilum.encode.weights.Weights.report`); empty when they were drawn
     """
 
-    name: str
-    contract: Contract
-    grid: tuple[int, int]
-
-    def encode(self, images: Tensor) -> Tokens:
-        """images (B, 1, size, size), prepared by the contract → tokens, float32, on the CPU."""
-        ...
-
-
-class ViTEncoder:
-    """A transformer with its contract, frozen."""
-
-    def __init__(self, model: ViT, contract: Contract, name: str, device: str = "cpu") -> None:
-        self.name, self.contract = name, contract
+    def __init__(
+        self,
+        network: nn.Module,
+        contract: AnyContract,
+        name: str,
+        *,
+        patch: tuple[int, ...],
+        device: str = "cpu",
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        self.name, self.contract, self.patch, self.report = name, contract, patch, report or {}
         self.device = pick_device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        side_y, side_x = (contract.size_px // p for p in model.config.patch)
-        self.grid = (side_y, side_x)
+        self.network = network.to(self.device).eval().requires_grad_(False)
 
-    def encode(self, images: Tensor) -> Tokens:
+    @property
+    def slice_contract(self) -> Contract:
+        """The contract of an encoder of slices. ContractError when it encodes volumes."""
+        if not isinstance(self.contract, Contract):
+            raise ContractError(f"{self.name} encodes volumes; expected an encoder of slices")
+        return self.contract
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch tokens of a slice along (rows, columns). A volume's grid follows from the volume."""
+        rows, columns = (self.slice_contract.size_px // p for p in self.patch)
+        return rows, columns
+
+    def tokens(self, images: Tensor) -> Tokens:
+        """images (B, C, size, size) or (B, C, Z, Y, X), prepared by the contract → tokens, float32, on the CPU."""
         with torch.inference_mode():
-            return Tokens(*(part.float().cpu() for part in self.model(images.to(self.device))))
+            return Tokens(*(part.float().cpu() for part in self.network(images.to(self.device))))
 
 
-class PixelEncoder:
+class PixelNetwork(nn.Module):
     """The baseline without a network: what a linear head sees in the raw pixels.
 
     The class token is the whole slice at 32×32; patch tokens are the pixels of the patch itself. Reduce them by PCA
     inside the head (`--pca`), fitted on training patients only.
     """
 
-    def __init__(self, size_px: int = 128, patch_px: int = 16) -> None:
-        self.name = "pixels"
-        self.contract = Contract(size_px=size_px, pooling="class")
+    def __init__(self, patch_px: int) -> None:
+        super().__init__()
         self.patch_px = patch_px
-        self.grid = (size_px // patch_px, size_px // patch_px)
 
-    def encode(self, images: Tensor) -> Tokens:
+    def forward(self, images: Tensor) -> Tokens:
         whole = functional.adaptive_avg_pool2d(images, 32).flatten(1)
         patches = functional.unfold(images, self.patch_px, stride=self.patch_px).transpose(1, 2)
         return Tokens(whole, whole.new_zeros(len(whole), 0, self.patch_px**2), patches.contiguous())
+
+
+def pixel_encoder(size_px: int = 128, patch_px: int = 16) -> Encoder:
+    contract = Contract(size_px=size_px, pooling="class")
+    return Encoder(PixelNetwork(patch_px), contract, "pixels", patch=(patch_px, patch_px))
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,7 +98,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def write_encoder(folder: Path, model: ViT, contract: Contract, facts: dict[str, Any]) -> None:
+def write_encoder(folder: Path, model: ViT, contract: AnyContract, facts: dict[str, Any]) -> None:
     """Export: model.safetensors, config.json, contract.json and a model card. `facts` go into config and card."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with write_atomic(folder / "model.safetensors") as temporary:
@@ -93,7 +109,7 @@ def write_encoder(folder: Path, model: ViT, contract: Contract, facts: dict[str,
     write_json(folder / "config.json", record)  # last: its presence says the export is whole
 
 
-def read_encoder(folder: Path, device: str = "cpu") -> ViTEncoder:
+def read_encoder(folder: Path, device: str = "cpu") -> Encoder:
     """Load an exported encoder. Every tensor must be there and fit, or ContractError says which does not."""
     config, contract = read_model_config(folder)
     model = ViT(config)
@@ -109,10 +125,10 @@ def read_encoder(folder: Path, device: str = "cpu") -> ViTEncoder:
         shown = "; ".join(f"{n}: expected {wanted.get(n)}, found {shapes.get(n)}" for n in wrong[:5])
         raise ContractError(f"{path}: {len(wrong)} of {len(wanted)} tensors do not fit the config ({shown})")
     model.load_state_dict(found)
-    return ViTEncoder(model, contract, _model_name(folder), device)
+    return Encoder(model, contract, _model_name(folder), patch=config.patch, device=device)
 
 
-def read_model_config(folder: Path) -> tuple[ViTConfig, Contract]:
+def read_model_config(folder: Path) -> tuple[ViTConfig, AnyContract]:
     """The shape and the contract of an exported encoder, without its weights."""
     if not (folder / "config.json").is_file():
         raise UsageError(
@@ -124,7 +140,8 @@ def read_model_config(folder: Path) -> tuple[ViTConfig, Contract]:
     if found != "hilum-encoder version 1":
         raise ContractError(f"{folder}/config.json is {found}; this hilum reads hilum-encoder version 1")
     config = from_dict(ViTConfig, record.get("vit"), f"{folder}/config.json")
-    contract = from_dict(Contract, read_json(folder / "contract.json"), f"{folder}/contract.json")
+    kind: type[AnyContract] = Contract if len(config.patch) == 2 else VolumeContract
+    contract = from_dict(kind, read_json(folder / "contract.json"), f"{folder}/contract.json")
     return config, contract
 
 
@@ -133,7 +150,7 @@ def _model_name(folder: Path) -> str:
     return f"{record.get('recipe', folder.name)}@{record.get('step', 0)}"
 
 
-def _card(model: ViT, contract: Contract, facts: dict[str, Any]) -> str:
+def _card(model: ViT, contract: AnyContract, facts: dict[str, Any]) -> str:
     num_parameters = sum(p.numel() for p in model.parameters())
     lines = [f"- {name}: {value}" for name, value in {**to_dict(contract), **facts}.items()]
     return "\n".join(

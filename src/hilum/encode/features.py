@@ -62,7 +62,9 @@ def make_items(scan: Scan, encoder: Encoder, level: str, max_slices: int | None)
     vol = scan.volume
 
     def image_of(z: int) -> Tensor:
-        return prepare_slice(vol.voxels[z].astype(np.float32, copy=False), vol.modality, vol.unit, encoder.contract)
+        return prepare_slice(
+            vol.voxels[z].astype(np.float32, copy=False), vol.modality, vol.unit, encoder.slice_contract
+        )
 
     if level != "region":
         for z in chosen_slices(vol.shape[0], max_slices):
@@ -112,7 +114,7 @@ def encode_items(
     """Items in, one vector each, batch by batch in the order they came."""
     stream = iter(items)
     while batch := list(islice(stream, batch_size)):
-        tokens = encoder.encode(torch.stack([item.image for item in batch]))
+        tokens = encoder.tokens(torch.stack([item.image for item in batch]))
         if batch[0].weights is None:
             vectors = pool(tokens, encoder.contract.pooling)
         else:

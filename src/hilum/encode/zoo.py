@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from hilum.encode.encoder import Encoder, PixelEncoder, ViTEncoder, read_encoder, read_model_config
+from hilum.encode.encoder import Encoder, pixel_encoder, read_encoder, read_model_config
 from hilum.encode.vit import ViT
 from hilum.errors import UsageError
 
@@ -20,14 +20,14 @@ def load_encoder(name: str, *, device: str = "cpu", seed: int = 0) -> Encoder:
     seed   draws the weights of "random:FOLDER"
     """
     if name == "pixels":
-        return PixelEncoder()
+        return pixel_encoder()
     kind, colon, folder = name.partition(":")
     if kind == "random" and colon:
         config, contract = read_model_config(Path(folder))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = ViT(config)
-        return ViTEncoder(model, contract, f"random-{config.size}", device)
+        return Encoder(model, contract, f"random-{config.size}", patch=config.patch, device=device)
     if not Path(name).is_dir():
         known = ", ".join(BASELINES)
         raise UsageError(f"no encoder '{name}'; expected a folder with an exported encoder, or one of: {known}")

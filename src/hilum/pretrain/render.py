@@ -85,7 +85,7 @@ def pack(sources: Sequence[Source], views: Sequence[Sequence[View]], contract: C
         height, width = source.stored.shape
         stored[n, :height, :width] = source.stored
         is_hu = source.unit == "HU"
-        low, high = contract.clip_hu if is_hu else (-np.inf, np.inf)
+        low, high = (is_hu and contract.clip_hu) or (-np.inf, np.inf)
         slices[n] = height, width, source.slope, source.intercept, low, high, is_hu
         numbers[n] = [_numbers(view, height, width, low, high) for view in drawn]
     seeds = torch.tensor([[view.noise_seed for view in drawn] for drawn in views])
