@@ -188,8 +188,8 @@ class Broken(torch.nn.Module):
 
 
 def test_features_that_are_not_numbers_are_refused():
+    encoder = Encoder(Broken(), Contract(size_px=32, pooling="class"), "broken", patch=(8, 8))
     with pytest.raises(ContractError, match="NaN or infinite features"):
-        encoder = Encoder(Broken(), Contract(size_px=32, pooling="class"), "broken", patch=(8, 8))
         list(feature_rows(encoder, [make_scan()], "slice", None, 4))
 
 

@@ -114,7 +114,7 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
     assert "rank" not in lines[1]  # health_every
     encoder = read_encoder(tmp_path / "run" / "export")
     state = last_tensors(tmp_path / "run")
-    for name, tensor in encoder.model.state_dict().items():
+    for name, tensor in encoder.network.state_dict().items():
         assert torch.equal(tensor, state[f"learner.teacher.backbone.{name}"])
     assert encoder.name == "small-dino@6"
     assert encoder.contract.size_px == 32

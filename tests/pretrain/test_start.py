@@ -51,7 +51,7 @@ def test_a_stage_without_training_exports_what_the_transformer_does_at_that_size
     assert before.grid == (4, 4)
     assert after.grid == (8, 8)
     images = torch.randn(2, 1, 64, 64)
-    for a, b in zip(before.encode(images), after.encode(images)):
+    for a, b in zip(before.tokens(images), after.tokens(images)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert after.contract.size_px == 64
     assert record["status"] == "finished"
