@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import pixel_encoder, pool, read_encoder, read_model_config
+from hilum.encode.encoder import Encoder, pixel_encoder, pool, read_encoder, read_model_config
 from hilum.encode.vit import Tokens
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, HilumError, InputError, UsageError
@@ -176,3 +176,22 @@ def test_a_region_is_the_weighted_mean_of_its_patches():
     torch.testing.assert_close(found[1], tokens.patches[1, 1])
     with pytest.raises(ContractError, match="a region covers no patch"):
         pool(tokens, "mean", torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+# ---- precision
+
+
+def test_half_precision_gives_nearly_the_same_tokens(export):
+    encoder, half = read_encoder(export), read_encoder(export)
+    half = Encoder(half.network, half.contract, "half", patch=half.patch, precision="bfloat16")
+    for a, b in zip(encoder.tokens(some_images()), half.tokens(some_images())):
+        assert b.dtype == torch.float32
+        assert torch.cosine_similarity(a, b, -1).min() > 0.9999 if a.numel() else True
+    assert half.network.norm.weight.dtype == torch.float32
+    assert half.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+
+
+def test_small_networks_stay_in_full_precision():
+    assert Encoder(torch.nn.Linear(2, 2), Contract(), "small", patch=(16, 16), precision="auto").precision == "float32"
+    with pytest.raises(UsageError, match="precision 'half' is unknown; expected auto, float32, bfloat16"):
+        Encoder(torch.nn.Linear(2, 2), Contract(), "small", patch=(16, 16), precision="half")

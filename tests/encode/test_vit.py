@@ -125,6 +125,35 @@ def test_attention_in_bf16_agrees_with_fp32_in_value_and_gradient(num_tokens):
         assert error < 2.5 * (torchs - wanted).norm() / wanted.norm()
 
 
+@pytest.mark.parametrize("block_bytes", [2 * 70 * 70 * 4, 2 * 70 * 70, 2 * 70 * 9])
+def test_attention_in_blocks_is_the_same_whatever_the_blocks(monkeypatch, block_bytes):
+    """A few heads at a time, one head, and a few rows of one head; keys far from zero, which bf16 would round badly."""
+    monkeypatch.setattr("hilum.encode.attention.BLOCK_BYTES", block_bytes)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 70, 16).bfloat16() for _ in range(3))
+    k = k + 8
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    with torch.no_grad():
+        found = attend(q, k, v).float()
+    assert (found - exact).norm() / exact.norm() < 0.012
+
+
+def test_folding_layer_scale_changes_nothing():
+    model = make_vit(layer_scale=0.3).eval()
+    x = images(2, 1, 32, 32)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ls1.gamma.uniform_(0.1, 2)
+            block.ls2.gamma.uniform_(0.1, 2)
+        before = model(x)
+        for block in model.blocks:
+            block.fold_layer_scale()
+        after = model(x)
+    assert not any("gamma" in name for name in model.state_dict())
+    for a, b in zip(before, after):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 def test_feed_forward_kinds():
     torch.manual_seed(0)
     x = torch.randn(3, 4)

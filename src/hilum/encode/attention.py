@@ -12,18 +12,41 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SHORT_SEQUENCE = 128  # tokens; below, torch's fused CPU kernel loses to its plain one in fp32
-PRODUCTS_UP_TO = 640  # tokens; above, the weights (B, H, N, N) cost more memory than they save time
+PRODUCTS_UP_TO = 640  # tokens; above, training's weights (B, H, N, N) cost more memory than they save time
+BLOCK_BYTES = 4 << 20  # of weights at a time: they stay in the cache, and memory is not fetched anew for each
 
 
 def attend(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v, (B, H, N, D)."""
     num_tokens, device = q_BHND.shape[2], q_BHND.device.type
-    if device == "cpu" and q_BHND.dtype == torch.bfloat16 and num_tokens <= PRODUCTS_UP_TO:
-        out: Tensor = _Products.apply(q_BHND, k_BHND, v_BHND)  # type: ignore[no-untyped-call]
-        return out
+    if device == "cpu" and q_BHND.dtype == torch.bfloat16:
+        if not torch.is_grad_enabled():
+            return attend_in_blocks(q_BHND, k_BHND, v_BHND)
+        if num_tokens <= PRODUCTS_UP_TO:
+            out: Tensor = _Products.apply(q_BHND, k_BHND, v_BHND)  # type: ignore[no-untyped-call]
+            return out
     short = device == "cpu" and num_tokens <= SHORT_SEQUENCE
     with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
         return functional.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND)
+
+
+def attend_in_blocks(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
+    """The same without gradient, as matrix products over a few heads or a few rows at a time.
+
+    Keys are taken relative to their mean, which changes no weight (each row's scores move by one number) and makes scores small
+    where bf16 rounds them least.
+    """
+    q, v = (x.flatten(0, 1) for x in (q_BHND * q_BHND.shape[-1] ** -0.5, v_BHND))
+    keys = (k_BHND - k_BHND.mean(2, keepdim=True, dtype=torch.float32)).to(k_BHND.dtype).flatten(0, 1).mT
+    num_heads, num_tokens, _ = q.shape
+    rows = min(num_tokens, max(BLOCK_BYTES // (2 * num_tokens), 1))
+    heads = max(BLOCK_BYTES // (2 * num_tokens * rows), 1)
+    out = torch.empty_like(q)
+    for h in range(0, num_heads, heads):
+        for n in range(0, num_tokens, rows):
+            weights = torch.softmax(torch.bmm(q[h : h + heads, n : n + rows], keys[h : h + heads]), -1)
+            out[h : h + heads, n : n + rows] = torch.bmm(weights, v[h : h + heads])
+    return out.view(q_BHND.shape)
 
 
 class _Products(torch.autograd.Function):

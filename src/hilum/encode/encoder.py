@@ -12,11 +12,14 @@ from torch.nn import functional
 
 from hilum.encode.contract import Contract
 from hilum.encode.shape import ViTConfig
-from hilum.encode.vit import Tokens, ViT
+from hilum.encode.vit import Block, Tokens, ViT
 from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import from_dict, to_dict
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+GAINS_FROM = 20_000_000  # parameters; a smaller network is quick in either
 
 AnyContract = Contract | VolumeContract
 
@@ -28,6 +31,8 @@ class Encoder:
     contract  what it expects; `tokens` trusts that its input was prepared by it
     patch     pixels of a patch along (rows, columns) or (slices, rows, columns)
     report    how its weights were loaded (`hilum.encode.weights.Weights.report`); empty when they were drawn
+    precision "float32"; "bfloat16": matrix products in half precision, residuals and norms in float32; "auto": bfloat16 where
+              the device is faster at it and the network is large enough to gain, else float32
     """
 
     def __init__(
@@ -39,10 +44,14 @@ class Encoder:
         patch: tuple[int, ...],
         device: str = "cpu",
         report: dict[str, Any] | None = None,
+        precision: str = "float32",
     ) -> None:
         self.name, self.contract, self.patch, self.report = name, contract, patch, report or {}
         self.device = pick_device(device)
+        self.precision = pick_precision(precision, network, self.device)
         self.network = network.to(self.device).eval().requires_grad_(False)
+        if self.precision == "bfloat16":
+            _halve(self.network)
 
     @property
     def slice_contract(self) -> Contract:
@@ -59,7 +68,8 @@ class Encoder:
 
     def tokens(self, images: Tensor) -> Tokens:
         """images (B, C, size, size) or (B, C, Z, Y, X), prepared by the contract → tokens, float32, on the CPU."""
-        with torch.inference_mode():
+        half = self.precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return Tokens(*(part.float().cpu() for part in self.network(images.to(self.device))))
 
 
@@ -96,6 +106,30 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
     return device
+
+
+def pick_precision(name: str, network: nn.Module, device: torch.device) -> str:
+    """float32 or bfloat16 for "auto"; UsageError for an unknown name."""
+    if name not in PRECISIONS:
+        raise UsageError(f"precision '{name}' is unknown; expected {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if sum(p.numel() for p in network.parameters()) < GAINS_FROM:
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device.type == "cpu" and fast else "float32"
+
+
+def _halve(network: nn.Module) -> None:
+    """Weights of linear layers in bfloat16, once instead of at every call; a LayerScale goes into its layer before that."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.fold_layer_scale()
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.bfloat16)
 
 
 def write_encoder(folder: Path, model: ViT, contract: AnyContract, facts: dict[str, Any]) -> None:

@@ -47,6 +47,14 @@ class LayerScale(nn.Module):
             return out
         return functional.linear(x, layer.weight * self.gamma[:, None], layer.bias * self.gamma)
 
+    @torch.no_grad()
+    def fold(self, layer: nn.Linear) -> None:
+        """Put gamma into `layer` for good: the same function without this module's parameter."""
+        if self.gamma is not None:
+            layer.weight.mul_(self.gamma[:, None])
+            layer.bias.mul_(self.gamma)
+            self.gamma = None
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
@@ -105,6 +113,11 @@ class Block(nn.Module):
         """xs: crops of one size each, (B, N, D); kept, kept_mlp: which samples of each enter a branch, None for all."""
         xs = add_residual(xs, lambda x, shapes: self.attn(self.norm1(x), shapes, rotations, self.ls1), kept)
         return add_residual(xs, lambda x, _: self.mlp(self.norm2(x), self.ls2), kept_mlp)
+
+    def fold_layer_scale(self) -> None:
+        """For inference; `state_dict` has no LayerScale afterwards."""
+        self.ls1.fold(self.attn.proj)
+        self.ls2.fold(self.mlp.fc2)
 
 
 def add_residual(xs: list[Tensor], branch: Callable[[Tensor, Shapes], Tensor], kept: Kept) -> list[Tensor]:
