@@ -1,6 +1,6 @@
 """How fast slices are encoded, beside transformers running the same weights.
 
-    python benchmarks/speed/encode_slices.py [--px 512] [--batch 2] [--repeats 5] >> benchmarks/results/encode_MACHINE_DATE.jsonl
+    python benchmarks/speed/encode_slices.py [--px 512] [--layer-scale 1] >> benchmarks/results/encode_MACHINE_DATE.jsonl
 
 A transformer of Curia's size (ViT-B/16, SwiGLU, one channel) with random weights is saved by transformers and read by us. Each
 round runs: transformers as it loads (float32), transformers in bfloat16, ours in both. The limit is the rate of one large
@@ -26,12 +26,12 @@ from hilum.encode.weights import read_weights
 FEW = 4  # slices whose features are compared
 
 
-def make_peers(folder: Path, px: int) -> dict[str, Dinov2Model]:
+def make_peers(folder: Path, px: int, layer_scale: float) -> dict[str, Dinov2Model]:
     """transformers' model in both precisions, saved for us."""
     torch.manual_seed(0)
     config = Dinov2Config(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, mlp_ratio=4, image_size=px, patch_size=16,
-        num_channels=1, use_swiglu_ffn=True, layerscale_value=1.0,
+        num_channels=1, use_swiglu_ffn=True, layerscale_value=layer_scale,
     )  # fmt: skip
     Dinov2Model(config).save_pretrained(folder)
     return {
@@ -81,18 +81,24 @@ def main() -> None:
     parser.add_argument("--px", type=int, default=512)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layer-scale", type=float, default=1.0, help="1: rounding of every block counts in full")
     given = parser.parse_args()
     images = torch.randn(max(given.batch, FEW), 1, given.px, given.px)
     batch = images[: given.batch]
     with tempfile.TemporaryDirectory() as folder:
-        peers = make_peers(Path(folder), given.px)
+        peers = make_peers(Path(folder), given.px, given.layer_scale)
         ours = {name: make_ours(Path(folder), given.px, name) for name in ("float32", "bfloat16")}
     exact = run_peer(peers["transformers float32"], images[:FEW])
     half = run_peer(peers["transformers bfloat16"], images[:FEW].bfloat16())
     found = {name: encoder.tokens(images[:FEW]) for name, encoder in ours.items()}
     tokens = {f"ours {name}": torch.cat([t.cls[:, None], t.patches], 1) for name, t in found.items()}
     for name, value in (tokens | {"transformers bfloat16": half}).items():
-        print(json.dumps(agreement(value, exact) | {"what": f"{name} against transformers float32", "px": given.px}))
+        print(
+            json.dumps(
+                agreement(value, exact)
+                | {"what": f"{name} against transformers float32", "layer scale": given.layer_scale}
+            )
+        )
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     steps = {
         f"{name}, slices/s": (partial(run_peer, model, batch.to(model.dtype)), given.batch)
