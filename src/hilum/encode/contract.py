@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from hilum import large
 from hilum.errors import ContractError
 from hilum.records import hash_json
 from hilum.settings import to_dict
 from hilum.volume import PLANES
 
-INT16_MAX = 32767
+INT16 = np.iinfo(np.int16)
 Pixels = NDArray[Any]
 
 
@@ -111,18 +112,19 @@ def prepare_slice(
 
 
 def volume_statistics(slices: Pixels, modality: str, unit: str, contract: Contract) -> Statistics | None:
-    """Mean and unbiased standard deviation over all slices (Z, Y, X) at the network's size; None when not asked for."""
+    """Mean and unbiased standard deviation over all slices (Z, Y, X) at the network's size; None when not asked for.
+
+    The stack of resized slices is held, 4·Z·size² bytes, because only torch's sum over the whole of it gives the bits of
+    Curia's processor; a large one lies in a file (`hilum.large`).
+    """
     if contract.normalise != "volume":
         return None
     check_kind(modality, unit, contract)
-    count, mean, squares = 0, 0.0, 0.0  # Chan's way of adding up: the stack is never held
-    for pixels in slices:
-        image = fit_slice(show_range(pixels, unit, contract), contract).double()
-        n, m = image.numel(), float(image.mean())
-        squares += float(((image - m) ** 2).sum()) + (m - mean) ** 2 * count * n / (count + n)
-        mean += (m - mean) * n / (count + n)
-        count += n
-    return Statistics(torch.tensor(mean), torch.tensor((squares / (count - 1)) ** 0.5))
+    stack = large.empty((len(slices), contract.size_px, contract.size_px), np.float32)
+    for image, pixels in zip(stack, slices):
+        image[:] = fit_slice(show_range(pixels, unit, contract), contract)[0].numpy()
+    whole = torch.from_numpy(stack)
+    return Statistics(whole.mean(), whole.std())
 
 
 def check_kind(modality: str, unit: str, contract: Contract) -> None:
@@ -142,14 +144,12 @@ def show_range(pixels: Pixels, unit: str, contract: Contract) -> Tensor:
     """Rounding, clip and windows: (Y, X) in its unit → (1 or channels, Y, X) float32."""
     if pixels.ndim != 2 or min(pixels.shape) < 2:
         raise ContractError(f"a slice is (Y, X) with at least 2 pixels a side; found shape {pixels.shape}")
-    image = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
-    if not torch.isfinite(image).all():
+    if not np.isfinite(pixels).all():
         raise ContractError("the slice holds NaN or infinite values; expected finite numbers")
     if contract.rounding == "int16":
-        image = image.trunc()
-        if image.abs().max() > INT16_MAX:
-            raise ContractError(f"the slice holds {float(image.abs().max()):.0f}; expected values within ±{INT16_MAX}")
-        image = image / INT16_MAX
+        image = torch.from_numpy(round_to_int16(pixels, unit).astype(np.float32)) / INT16.max
+    else:
+        image = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
     if unit == "HU" and contract.clip_hu is not None:
         image = image.clamp(*contract.clip_hu)
     if unit == "HU" and contract.windows:
@@ -160,6 +160,24 @@ def show_range(pixels: Pixels, unit: str, contract: Contract) -> Tensor:
     return image[None]
 
 
+def round_to_int16(pixels: Pixels, unit: str) -> NDArray[np.int16]:
+    """Fractions cut off, towards zero. ContractError for values that int16 has not, or for an image that is destroyed by it:
+    one without a unit, most often scaled to [0, 1] or [-1, 1], in which a tenth of the pixels have a fraction and at most
+    three grey levels would be left."""
+    whole = np.trunc(pixels)
+    low, high = float(whole.min()), float(whole.max())
+    if low < INT16.min or high > INT16.max:
+        raise ContractError(
+            f"the slice holds {low:.0f} to {high:.0f}; this encoder wants whole numbers from {INT16.min} to {INT16.max}"
+        )
+    if unit != "HU" and high - low <= 2 and np.count_nonzero(whole != pixels) * 10 >= pixels.size:
+        raise ContractError(
+            f"the slice holds {float(pixels.min()):.3g} to {float(pixels.max()):.3g} and this encoder cuts fractions off, which "
+            "would leave next to nothing; give it stored intensities, or multiply by 1000"
+        )
+    return whole.astype(np.int16)
+
+
 def standardise(image: Tensor, contract: Contract, statistics: Statistics | None = None) -> Tensor:
     """Remove mean and spread of (C, Y, X) as the contract says; `statistics` of the scan where it says "volume"."""
     if contract.normalise == "constants":
@@ -167,7 +185,7 @@ def standardise(image: Tensor, contract: Contract, statistics: Statistics | None
         return (image - mean) / std
     if contract.normalise == "volume" and statistics is None:
         raise ContractError("the contract normalises by volume; a slice alone has no statistics of its volume")
-    std, mean = (statistics.std, statistics.mean) if statistics else torch.std_mean(image)
+    mean, std = statistics or Statistics(image.mean(), image.std())
     image = image - mean.to(image.dtype)
     return image / std.to(image.dtype) if std >= contract.eps else image
 
