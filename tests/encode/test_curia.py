@@ -136,7 +136,7 @@ def test_an_image_scaled_to_one_is_refused(low, high):
     assert len(np.unique(pixels.astype(np.int16))) <= 3
     for modality in ("MR", "OT"):
         with pytest.raises(
-            ContractError, match="cuts fractions off, which would leave next to nothing.*multiply by 1000"
+            ContractError, match=r"cuts fractions off, which would leave next to nothing.*multiply by 1000"
         ):
             ours(pixels, modality)
     assert torch.equal(ours(1000 * pixels), released(1000 * pixels)[0])

@@ -172,8 +172,8 @@ def round_to_int16(pixels: Pixels, unit: str) -> NDArray[np.int16]:
         )
     if unit != "HU" and high - low <= 2 and np.count_nonzero(whole != pixels) * 10 >= pixels.size:
         raise ContractError(
-            f"the slice holds {float(pixels.min()):.3g} to {float(pixels.max()):.3g} and this encoder cuts fractions off, which "
-            "would leave next to nothing; give it stored intensities, or multiply by 1000"
+            f"the slice holds {float(pixels.min()):.3g} to {float(pixels.max()):.3g} and this encoder cuts fractions off, "
+            "which would leave next to nothing; give it stored intensities, or multiply by 1000"
         )
     return whole.astype(np.int16)
 

@@ -22,43 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hilum.encode.encoder import read_model_config
+from hilum.encode.layouts import JOINED, Layout, layout_named
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
-
-Names = Sequence[tuple[str, str]]
-
-# Patterns in the names of a layout, and ours. Parts of one matrix of ours are named attn.q, attn.k, attn.v, mlp.gate, mlp.up.
-_HUB: Names = (
-    (r"^patch_embed\.proj\.", "patch_embed."),
-    (r"^register_tokens$", "registers"),
-    (r"\.mlp\.w12\.", ".mlp.fc1."),
-    (r"\.mlp\.w3\.", ".mlp.fc2."),
-)
-_DINOV2: Names = (
-    (r"^embeddings\.(cls|mask)_token$", r"\1_token"),
-    (r"^embeddings\.register_tokens$", "registers"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.attention\.([qkv])[a-z]+\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
-    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
-    (r"^layernorm\.", "norm."),
-)
-_DINOV3: Names = (
-    *_DINOV2[:4],
-    (r"^layer\.", "blocks."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-    _DINOV2[7],
-    (r"\.mlp\.(gate|up)_proj\.", r".mlp.\1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-)
-_DINOV3_PLAIN: Names = ((r"\.mlp\.up_proj\.", ".mlp.fc1."), *_DINOV3)  # without a gate
 
 # Settings of transformers that say which biases a model has not, and their names here.
 _BIASES = {
@@ -69,7 +37,6 @@ _BIASES = {
     "proj_bias": ("attn.proj",),
     "mlp_bias": ("mlp.fc1", "mlp.gate", "mlp.up", "mlp.fc2"),
 }
-_JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
 
 
 class Weights(NamedTuple):
@@ -96,7 +63,7 @@ class _Found(NamedTuple):
 
     layout: str
     tensors: dict[str, Tensor]
-    names: Names
+    names: Layout
     heads: int | None = None
     norm_eps: float = 1e-6
     image_px: int | None = None
@@ -124,6 +91,14 @@ def read_weights(path: str | Path) -> Weights:
         shape, _ = read_model_config(path)
         return account(shape, tensors, {n: n for n in tensors}, tensors, "hilum encoder", path)
     return _translate(_read_transformers(path, config), path)
+
+
+def read_tensors(tensors: dict[str, Tensor], where: Path) -> Weights:
+    """The tensors of a `Dinov2Model` that came without its config.json, as in Curia's heads. Errors as in `read_weights`.
+
+    where  the file, for messages
+    """
+    return _translate(_Found("transformers dinov2", tensors, layout_named("dinov2", True)), where)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -200,7 +175,7 @@ def _read_hub(path: Path) -> _Found:
         raise ContractError(f"{path} cannot be read as a state dict ({type(error).__name__}: {error})") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ContractError(f"{path} is no state dict; expected names with tensors, as DINOv2's hub has them")
-    return _Found("DINOv2 hub", tensors, _HUB, antialias="register_tokens" in tensors)
+    return _Found("DINOv2 hub", tensors, layout_named("hub", True), antialias="register_tokens" in tensors)
 
 
 def _read_transformers(folder: Path, config: Any) -> _Found:
@@ -216,7 +191,7 @@ def _read_transformers(folder: Path, config: Any) -> _Found:
     return _Found(
         f"transformers {kind}",
         _read_safetensors(folder),
-        _DINOV2 if kind != "dinov3_vit" else _DINOV3 if gated else _DINOV3_PLAIN,
+        layout_named(kind, gated or kind != "dinov3_vit"),
         heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps", 1e-5 if kind == "dinov3_vit" else 1e-6),
         image_px=side if isinstance(side, int) else None,
@@ -230,9 +205,7 @@ def _translate(found: _Found, where: Path) -> Weights:
     state: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     for foreign, tensor in found.tensors.items():
-        name = foreign
-        for pattern, ours in found.names:
-            name = re.sub(pattern, ours, name)
+        name = found.names.ours(foreign)
         if name in state:
             raise ContractError(f"{where} ({found.layout}): both {origins[name]} and {foreign} would be {name}")
         state[name], origins[name] = tensor, foreign
@@ -271,7 +244,7 @@ def _fill_biases(state: dict[str, Tensor], biasless: Sequence[str]) -> dict[str,
 def _join(state: dict[str, Tensor], origins: dict[str, str], created: dict[str, str]) -> dict[str, int]:
     """Parts that are one matrix here become one; returns how many tensors of the file went into each kind."""
     transformed: dict[str, int] = {}
-    for whole, parts in _JOINED.items():
+    for whole, parts in JOINED.items():
         for name in [n for n in state if f".{parts[0]}." in n]:
             names = [name.replace(parts[0], part) for part in parts]
             if any(n not in state for n in names):
