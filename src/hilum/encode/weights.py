@@ -93,7 +93,7 @@ def read_weights(path: str | Path) -> Weights:
     return _translate(_read_transformers(path, config), path)
 
 
-def read_tensors(tensors: dict[str, Tensor], where: Path) -> Weights:
+def translate_dinov2(tensors: dict[str, Tensor], where: Path) -> Weights:
     """The tensors of a `Dinov2Model` that came without its config.json, as in Curia's heads. Errors as in `read_weights`.
 
     where  the file, for messages
