@@ -275,11 +275,11 @@ class ViT(nn.Module):
         x_BND = self._project(images, grid)
         if mask is not None:
             x_BND = torch.where(mask[..., None], self.mask_token.to(x_BND.dtype), x_BND)
-        cls = self.cls_token.expand(len(x_BND), -1, -1)
+        cls = self.cls_token.expand(x_BND.shape[0], -1, -1)  # len() would fix the batch size in an export
         if self.pos_embed is not None:
             cls = cls + self.pos_embed[:, :1]
             x_BND = x_BND + self._positions(grid)
-        registers = self.registers.expand(len(x_BND), -1, -1)
+        registers = self.registers.expand(x_BND.shape[0], -1, -1)
         return torch.cat([cls, registers, x_BND], 1), grid
 
     def _project(self, images: Tensor, grid: tuple[int, ...]) -> Tensor:
