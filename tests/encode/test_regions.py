@@ -66,6 +66,15 @@ def test_a_speck_survives_by_the_lower_threshold():
     np.testing.assert_array_equal(found.numpy(), slow_cells(mask, 64))
 
 
+def test_specks_of_every_size():
+    """Between them lie all values around half of the largest."""
+    for _ in range(40):
+        mask = np.zeros((2, 400, 300), bool)
+        for y, x in RNG.integers(0, 290, (6, 2)):
+            mask[int(RNG.integers(2)), y : y + int(RNG.integers(1, 4)), x : x + int(RNG.integers(1, 4))] = True
+        np.testing.assert_array_equal(curia_cells(mask, 32).numpy(), slow_cells(mask, 32))
+
+
 def test_in_a_stack_a_large_region_elsewhere_loses_the_speck():
     """The threshold is lowered for the whole stack or not at all."""
     mask = np.zeros((2, 900, 900), bool)
