@@ -62,6 +62,8 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
     encoder = load_encoder(str(model))
     if not isinstance(encoder.contract, Contract):
         raise UsageError(f"{encoder.name} encodes volumes; only encoders of slices can be exported so far")
+    if encoder.precision != "float32":  # its weights are rounded and its LayerScale folded away
+        raise UsageError(f"{encoder.name} was loaded in {encoder.precision}; an export is made of float32 weights")
     images = phantom_slices(encoder.contract)
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with explain_full_disk(out):
