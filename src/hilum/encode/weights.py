@@ -6,24 +6,24 @@
     file NAME.pth                                                     a state dict of DINOv2's hub
 
 A slice has one channel: the kernels of an RGB patch embedding are summed over their channels, which is exactly what they
-compute of a grey image that is shown in all three.
+compute of a grey image that is shown in all three. A contract with three channels keeps them (`channels=None`).
 """
 
 import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from hilum.encode.encoder import read_model_config
 from hilum.encode.layouts import JOINED, Layout, layout_named
 from hilum.encode.shape import SIZES, ViTConfig
+from hilum.encode.shards import read_tensors
 from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
@@ -71,15 +71,17 @@ class _Found(NamedTuple):
     biasless: tuple[str, ...] = ()
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, channels: int | None = 1) -> Weights:
     """Read an encoder in any of the layouts above.
+
+    channels  1: the kernels of a foreign patch embedding are summed into one; None: kept as they are
 
     Raises UsageError when `path` is none of them, ContractError when its architecture is not ours or when tensors are
     missing, left over, of another shape or not finite; the message lists them.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".pth":
-        return _translate(_read_hub(path), path)
+        return _translate(_read_hub(path), path, channels)
     if not (path / "config.json").is_file():
         raise UsageError(
             f"'{path}' holds no weights that can be read; expected a hilum run or encoder, a folder that transformers saved "
@@ -87,10 +89,10 @@ def read_weights(path: str | Path) -> Weights:
         )
     config = read_json(path / "config.json")
     if isinstance(config, dict) and config.get("format") == "hilum-encoder":
-        tensors = _read_safetensors(path)
+        tensors = read_tensors(path)
         shape, _ = read_model_config(path)
         return account(shape, tensors, {n: n for n in tensors}, tensors, "hilum encoder", path)
-    return _translate(_read_transformers(path, config), path)
+    return _translate(_read_transformers(path, config), path, channels)
 
 
 def translate_dinov2(tensors: dict[str, Tensor], where: Path) -> Weights:
@@ -127,6 +129,21 @@ def account(
     """
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in ViT(config).state_dict().items()}
+    report = compare(wanted, state, origins, tensors, layout, where, transformed, created)
+    return Weights(config, {name: tensor.float() for name, tensor in state.items()}, report)
+
+
+def compare(
+    wanted: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Tensor],
+    origins: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    layout: str,
+    where: Path,
+    transformed: Mapping[str, int] | None = None,
+    created: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The same for any network, whose tensors have the `wanted` names and shapes; returns the report of `Weights`."""
     faults = [f"{name}: missing, expected {shape}" for name, shape in wanted.items() if name not in state]
     for name, tensor in state.items():
         shown = origins.get(name, name)
@@ -143,7 +160,7 @@ def account(
     changed |= {
         f"{dtype} read as float32": sum(str(t.dtype) == f"torch.{dtype}" for t in tensors.values()) for dtype in narrow
     }
-    report = {
+    return {
         "layout": layout,
         "hash": hash_tensors(tensors),
         "num_tensors": len(tensors),
@@ -155,16 +172,6 @@ def account(
             n for n, t in state.items() if n not in made and n != "mask_token" and t.numel() and not bool(t.any())
         ],
     }
-    return Weights(config, {name: tensor.float() for name, tensor in state.items()}, report)
-
-
-def _read_safetensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ContractError(f"{path} cannot be read as safetensors, in one file: {error}") from None
-    return tensors
 
 
 def _read_hub(path: Path) -> _Found:
@@ -190,7 +197,7 @@ def _read_transformers(folder: Path, config: Any) -> _Found:
             raise ContractError(f"{folder}/config.json has {name} {config[name]}; this transformer has {able}")
     return _Found(
         f"transformers {kind}",
-        _read_safetensors(folder),
+        read_tensors(folder),
         layout_named(kind, gated or kind != "dinov3_vit"),
         heads=config.get("num_attention_heads"),
         norm_eps=config.get("layer_norm_eps", 1e-5 if kind == "dinov3_vit" else 1e-6),
@@ -200,7 +207,7 @@ def _read_transformers(folder: Path, config: Any) -> _Found:
     )
 
 
-def _translate(found: _Found, where: Path) -> Weights:
+def _translate(found: _Found, where: Path, channels: int | None) -> Weights:
     """Foreign tensors under our names, joined, summed and reshaped as our transformer wants them."""
     state: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
@@ -215,10 +222,11 @@ def _translate(found: _Found, where: Path) -> Weights:
     if missing := [name for name in needed if name not in state]:
         raise ContractError(f"{where} is no {found.layout} encoder: {', '.join(missing)} missing")
     config = _recognise(state, found, where)
-    channels, width = state["patch_embed.weight"].shape[1], state["cls_token"].shape[-1]
-    if channels != 1:
+    found_channels, width = state["patch_embed.weight"].shape[1], state["cls_token"].shape[-1]
+    config = replace(config, channels=channels or found_channels)
+    if channels == 1 != found_channels:
         state["patch_embed.weight"] = state["patch_embed.weight"].float().sum(1, keepdim=True)
-        transformed[f"patch kernels of {channels} channels summed into one"] = 1
+        transformed[f"patch kernels of {found_channels} channels summed into one"] = 1
         del origins["patch_embed.weight"]
     if "mask_token" not in state:
         state["mask_token"], created["mask_token"] = torch.zeros(1, width), "the file has none"
