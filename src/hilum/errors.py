@@ -9,6 +9,8 @@ EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_INPUT_REFUSED = 3
 EXIT_SOME_LEFT_OUT = 4
+EXIT_LICENCE = 5
+EXIT_WEIGHTS_ABSENT = 6
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -59,6 +61,18 @@ class CheckpointError(HilumError):
 
 class ContractError(HilumError):
     """A scan breaks the contract of an encoder, or a model folder has none."""
+
+
+class LicenceError(HilumError):
+    """Weights are handed out on request only, and this user's request or token is missing."""
+
+    exit_code = EXIT_LICENCE
+
+
+class WeightsAbsent(HilumError):
+    """Weights are not on this machine, and cannot or may not be fetched now."""
+
+    exit_code = EXIT_WEIGHTS_ABSENT
 
 
 class LabelsError(HilumError):

@@ -255,8 +255,8 @@ _ALL = (
         contract=slice_contract(**_MEDGEMMA, size_px=896, resampling="bilinear", pooling="mean"),
         windows_from=_REPORT,
         paper="Sellergren et al. 2025, arXiv 2507.05201",
-        notes="the vision tower alone; it has no head, so a slice is the mean of its tokens. Oblong slices were padded to squares "
-        "in training; here they are stretched",
+        notes="the vision tower alone; it has no head, so a slice is the mean of its tokens. Oblong slices were padded to "
+        "squares in training; here they are stretched",
     ),
     Released(
         name="medgemma-1.5",

@@ -42,8 +42,8 @@ def check_sides(contract: Contract, patch: tuple[int, ...], channels: int, folde
     """ContractError when a contract and a network do not fit each other."""
     if any(contract.size_px % p for p in patch) or contract.channels != channels:
         raise ContractError(
-            f"{folder}: the processor gives {contract.channels} channels of {contract.size_px} px; the network takes {channels} "
-            f"channels in patches of {patch}"
+            f"{folder}: the processor gives {contract.channels} channels of {contract.size_px} px; the network takes "
+            f"{channels} channels in patches of {patch}"
         )
 
 
