@@ -103,7 +103,7 @@ def serve(hub: Hub) -> Iterator[str]:
     """The address while it runs."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -159,7 +159,7 @@ def read_encoder(folder: Path, device: str = "cpu") -> Encoder:
         shown = "; ".join(f"{n}: expected {wanted.get(n)}, found {shapes.get(n)}" for n in wrong[:5])
         raise ContractError(f"{path}: {len(wrong)} of {len(wanted)} tensors do not fit the config ({shown})")
     model.load_state_dict(found)
-    return Encoder(model, contract, _model_name(folder), patch=config.patch, device=device)
+    return Encoder(model, contract, model_name(folder), patch=config.patch, device=device)
 
 
 def read_model_config(folder: Path) -> tuple[ViTConfig, AnyContract]:
@@ -179,7 +179,7 @@ def read_model_config(folder: Path) -> tuple[ViTConfig, AnyContract]:
     return config, contract
 
 
-def _model_name(folder: Path) -> str:
+def model_name(folder: Path) -> str:
     record = read_json(folder / "config.json")
     return f"{record.get('recipe', folder.name)}@{record.get('step', 0)}"
 

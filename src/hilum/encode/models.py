@@ -196,16 +196,14 @@ _ALL = (
         notes="three files of its code are under the DINOv3 License; hilum uses none of them",
         unverified="gate and licence of the weights are as others report them",
     ),
-    *(
-        _dinov2(size, number, registers)
-        for size, numbers in {
-            "small": (22_056_576, 22_058_112),
-            "base": (86_580_480, 86_583_552),
-            "large": (304_368_640, 304_372_736),
-            "giant": (1_136_480_768, 1_136_486_912),
-        }.items()
-        for registers, number in zip((False, True), numbers)
-    ),
+    _dinov2("small", 22_056_576, False),
+    _dinov2("base", 86_580_480, False),
+    _dinov2("large", 304_368_640, False),
+    _dinov2("giant", 1_136_480_768, False),
+    _dinov2("small", 22_058_112, True),
+    _dinov2("base", 86_583_552, True),
+    _dinov2("large", 304_372_736, True),
+    _dinov2("giant", 1_136_486_912, True),
     _dinov3("vits16", "vits16", 21_601_152),
     _dinov3("vitsplus16", "vits16plus", 28_697_472),
     _dinov3("vitb16", "vitb16", 85_669_632),

@@ -28,7 +28,9 @@ from torch.optim import AdamW
 from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import write_encoder
+from hilum.encode.golden import write_golden
 from hilum.encode.vit import ViT
+from hilum.encode.zoo import open_folder
 from hilum.errors import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
@@ -272,6 +274,7 @@ def _export(out: Path, recipe: Recipe, contract: Contract, record: dict[str, Any
     backbone = ViT(recipe.model)
     backbone.load_state_dict(weights)
     write_encoder(out / "export", backbone, contract, facts)
+    write_golden(open_folder(out / "export"), out / "export")
 
 
 def _explain_stop(number: signal.Signals, finished: int, recipe: Recipe) -> str:
