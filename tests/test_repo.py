@@ -35,6 +35,7 @@ FLOORS = {
     "cli": 8,
     "cli_store": 8,
     "cli_pretrain": 8,
+    "cli_models": 8,
 }
 EXEMPT = {SOURCE / "__init__.py", SOURCE / "__main__.py"}  # the doors: they name what the house offers
 
@@ -147,7 +148,7 @@ from hilum import api
 print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
     assert set(run(code).split()) == {
-        "demo", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "scan", "show",
+        "demo", "doctor", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
     }  # fmt: skip
 
 

@@ -9,13 +9,17 @@ from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
 from hilum.demo import demo
+from hilum.encode.doctor import check_model as doctor
 from hilum.encode.embed import embed
+from hilum.encode.pull import pull
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
 from hilum.pretrain.watch.report import show_run
 from hilum.probe.fit import probe
 
-__all__ = ["demo", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "scan", "show"]
+__all__ = [
+    "demo", "doctor", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
+]  # fmt: skip
 
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:

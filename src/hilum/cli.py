@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hilum.cli_models import doctor, info, models, pull
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
@@ -277,18 +278,10 @@ def show(
     _print(counts, as_json, f"{out}: {counts['num_files']:,} files, {counts['num_used']:,} scans used")
 
 
-@app.command()
-def info(model: Annotated[Path, typer.Argument(help="An exported encoder's folder.")], as_json: Json = False) -> None:
-    """What a model is and what it expects of its input."""
-    from hilum.encode.encoder import read_model_config
-    from hilum.settings import to_dict
-    from hilum.terminal import format_table
-
-    config, contract = read_model_config(model)
-    parts = {"model": to_dict(config), "contract": to_dict(contract)}
-    rows = [[f"{part}.{name}", value] for part, values in parts.items() for name, value in values.items()]
-    rows.append(["contract hash", contract.hash])
-    _print({**parts, "contract_hash": contract.hash}, as_json, format_table(["setting", "value"], rows))
+app.command()(models)
+app.command()(info)
+app.command()(pull)
+app.command()(doctor)
 
 
 def _ledger_text(counts: dict[str, Any]) -> str:

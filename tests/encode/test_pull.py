@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from hub import COMMIT, Hub, serve
 
 from hilum.encode import pull as module
-from hilum.encode.models import MODELS
-from hilum.encode.pull import is_pulled, model_folder, pull, read_pull, verify
+from hilum.encode.models import MODELS, is_pulled, model_folder
+from hilum.encode.pull import pull, read_pull, verify
 from hilum.errors import ContractError, InputError, LicenceError, StoreError, UsageError, WeightsAbsent
 
 WEIGHTS = bytes(range(256)) * 4000
@@ -136,8 +136,8 @@ def test_names_and_revisions(hub):
     with pytest.raises(UsageError, match="no revision 'v9'"):
         pull("dinov2-small", revision="v9")
     assert Path(pull("dinov2-small", revision="v1")["folder"]).name == "dinov2-small@v1"
-    with pytest.raises(UsageError, match="no model 'dinov9'; known are curia"):
-        pull("dinov9")
+    with pytest.raises(UsageError, match="no model 'dinov9-small'; did you mean dinov[23]-"):
+        pull("dinov9-small")
     with pytest.raises(UsageError, match="is not on the hub"):
         pull("somebody/else")
 

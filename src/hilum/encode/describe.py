@@ -69,7 +69,7 @@ def _normalised(c: Mapping[str, Any]) -> str:
         return f"Of each channel {_numbers(c['mean'])} is subtracted; it is divided by {_numbers(c['std'])}."
     whose = "all slices of the scan" if c["normalise"] == "volume" else "the slice"
     return (
-        f"The mean of {whose} is subtracted; it is divided by their unbiased standard deviation"
+        f"The mean of {whose} is subtracted; it is divided by the unbiased standard deviation"
         f" unless that is below {c['eps']:g}."
     )
 

@@ -15,7 +15,7 @@ from hilum.encode.golden import (
     read_golden,
     write_golden,
 )
-from hilum.encode.pull import is_pulled
+from hilum.encode.models import is_pulled
 from hilum.encode.zoo import locate, open_folder
 from hilum.errors import ContractError
 from hilum.settings import differences, to_dict

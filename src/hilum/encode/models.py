@@ -4,9 +4,12 @@ A model that is not here comes in by one function that reads its folder (`zoo.LA
 What could not be read at its source when this table was written stands in `unverified`.
 """
 
+import difflib
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hilum.errors import UsageError
@@ -109,7 +112,7 @@ _WIDE = (
 _REPORT = "MedGemma Technical Report §2.1.2 (CT: width/level 2250/-100, 350/40, 80/40); hilum's percentiles else"
 _NOTEBOOK = "MedGemma 1.5's CT notebook (-1024 to 1024, -135 to 215, 0 to 80 HU); hilum's percentiles else"
 _RAIL = "Research-only RAIL-M"
-_HAI = "Health AI Developer Foundations terms"
+_HAI = "HAI-DEF terms of use"
 
 
 def _dinov2(size: str, num_parameters: int, registers: bool) -> Released:
@@ -213,7 +216,7 @@ _ALL = (
         name="rad-dino",
         repo="microsoft/rad-dino",
         code_licence="not released",
-        weights_licence="MSRLA (Microsoft Research)",
+        weights_licence="MSRLA (Microsoft)",
         gated=False,
         num_parameters=86_580_480,
         trained_on="chest radiographs",
@@ -232,7 +235,7 @@ _ALL = (
         weights_licence=_HAI,
         gated=True,
         num_parameters=428_565_440,
-        trained_on="medical images with text, CT and MR slices among them",
+        trained_on="medical images",
         layout="siglip",
         contract=slice_contract(**_MEDGEMMA, size_px=448),
         windows_from=_REPORT,
@@ -248,7 +251,7 @@ _ALL = (
         weights_licence=_HAI,
         gated=True,
         num_parameters=416_866_032,
-        trained_on="medical images with text, CT and MR slices among them",
+        trained_on="medical images",
         layout="siglip",
         contract=slice_contract(**_MEDGEMMA, size_px=896, resampling="bilinear", pooling="mean"),
         windows_from=_REPORT,
@@ -265,7 +268,7 @@ _ALL = (
         weights_licence=_HAI,
         gated=True,
         num_parameters=416_866_032,
-        trained_on="medical images with text, CT and MR volumes among them",
+        trained_on="medical images",
         layout="siglip",
         contract=slice_contract(**_MEDGEMMA_15, size_px=896, resampling="bilinear", pooling="mean"),
         windows_from=_NOTEBOOK,
@@ -273,6 +276,7 @@ _ALL = (
         notes="the vision tower alone; it has no head, so a slice is the mean of its tokens. Oblong slices are stretched",
     ),
 )
+RECORD = "pull.json"
 MODELS = {model.name: model for model in _ALL}
 _NAMES = {alias: model for model in _ALL for alias in (model.name, *model.aliases, model.repo)}
 
@@ -287,14 +291,72 @@ def is_repo(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def known_names() -> str:
+def did_you_mean(name: str) -> str:
     """What an error message offers."""
-    return ", ".join(MODELS)
+    near = difflib.get_close_matches(name, MODELS, n=3)
+    return (f"did you mean {' or '.join(near)}? " if near else "") + "hilum models lists the known ones"
 
 
 def repo_of(name: str) -> str:
     """Hugging Face id of a name of the table, or of an id itself. UsageError when it is neither."""
     released = find_released(name)
     if released is None and not is_repo(name):
-        raise UsageError(f"no model '{name}'; known are {known_names()}, or a Hugging Face id OWNER/NAME")
+        raise UsageError(f"no model '{name}'; {did_you_mean(name)}, others have a Hugging Face id OWNER/NAME")
     return released.repo if released else name
+
+
+def home() -> Path:
+    """Where pulled models are: $HILUM_HOME, or hilum in the user's cache."""
+    given = os.environ.get("HILUM_HOME")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(given) if given else cache / "hilum"
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """Where `hilum pull` puts a model, and `load_encoder` looks for it. UsageError for an unknown name."""
+    released, repo = find_released(name), repo_of(name)
+    chosen = revision or (released.revision if released else "main")
+    short = released.name if released else repo.replace("/", "--")
+    return home() / "models" / f"{short}@{chosen.replace('/', '--')}"
+
+
+def is_pulled(folder: Path) -> bool:
+    """Whether `hilum pull` made this folder, whole."""
+    return (folder / RECORD).is_file()
+
+
+def record_of(released: Released) -> dict[str, Any]:
+    """An entry as plain JSON values, with its page."""
+    return {**asdict(released), "page": released.page}
+
+
+def models_markdown() -> str:
+    """The tables of docs/models.md: model → licence → gate → contract."""
+    lines = ["| model | encodes | parameters | trained on | code | weights | gate |", "|---|---|---|---|---|---|---|"]
+    contracts = ["| model | size | CT | other | normalised by | vector |", "|---|---|---|---|---|---|"]
+    notes = []
+    for m in MODELS.values():
+        c, kind = m.contract, "slices" if m.dimension == 2 else "volumes"
+        gate = f"[on request]({m.page})" if m.gated else f"[open]({m.page})"
+        number = f"{m.num_parameters / 1e6:,.0f} M"
+        lines.append(
+            f"| `{m.name}` | {kind} | {number} | {m.trained_on} | {m.code_licence} | {m.weights_licence} | {gate} |"
+        )
+        contracts.append(f"| `{m.name}` | {' | '.join(_contract_cells(c))} |")
+        told = [text for text in (m.notes, f"not verified: {m.unverified}" if m.unverified else "") if text]
+        notes += [f"- `{m.name}`: {'; '.join(told)}"] if told else []
+    origins = {m.windows_from: [o.name for o in MODELS.values() if o.windows_from == m.windows_from] for m in _ALL}
+    notes += [f"- intensities of {', '.join(f'`{n}`' for n in names)}: {text}" for text, names in origins.items()]
+    return "\n".join([*lines, "", *contracts, "", *notes])
+
+
+def _contract_cells(c: Mapping[str, Any]) -> list[str]:
+    if "background_px" in c:
+        size = f"isotropic, ≥ {c['min_spacing_mm']} mm, ≤ {c['max_patches']:,} patches of {c['patch'][0]}³"
+        low, high = c["clip_hu"]
+        return [size, f"{low:g} to {high:g} HU", "refused", f"{c['mean']}, {c['std']} HU", c["pooling"]]
+    size = f"{c['size_px']}² {c['resampling']}" + (f", cut from {c['short_px']}" if c["fit"] == "crop" else "")
+    ct = ", ".join(f"{low:g} to {high:g}" for low, high in c["windows"]) + " HU" if c["windows"] else "as it is"
+    other = "percentiles {:g} to {:g}".format(*c["percentiles"]) if c["percentiles"] else "as it is"
+    by = f"the {c['normalise']}" if c["normalise"] != "constants" else "constants of its training"
+    return [size, ct, other, by, c["pooling"]]

@@ -17,12 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hilum.archive.locks import hold
-from hilum.encode.models import find_released, repo_of
+from hilum.encode.models import RECORD, find_released, is_pulled, model_folder, repo_of
 from hilum.errors import ContractError, InputError, LicenceError, UsageError, WeightsAbsent
 from hilum.records import explain_full_disk, read_json, write_json
 from hilum.terminal import Progress
 
-RECORD = "pull.json"
 _FILES = ("config.json", "preprocessor_config.json", "model.safetensors")  # of a repository that is not in the table
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OPTIONAL = "preprocessor_config.json"  # its content may stand in the table
@@ -37,25 +36,6 @@ class _File:
     size: int
     sha256: str | None
     blob: str | None
-
-
-def home() -> Path:
-    """Where pulled models are: $HILUM_HOME, or hilum in the user's cache."""
-    given = os.environ.get("HILUM_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else cache / "hilum"
-
-
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """Where `pull` puts a model, and `load_encoder` looks for it. UsageError for an unknown name."""
-    released, repo = find_released(name), repo_of(name)
-    chosen = revision or (released.revision if released else "main")
-    short = released.name if released else repo.replace("/", "--")
-    return home() / "models" / f"{short}@{chosen.replace('/', '--')}"
-
-
-def is_pulled(folder: Path) -> bool:
-    return (folder / RECORD).is_file()
 
 
 def read_pull(folder: Path) -> dict[str, Any]:

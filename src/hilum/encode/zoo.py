@@ -9,8 +9,8 @@ from torch import nn
 
 from hilum.encode.encoder import Encoder, model_name, pixel_encoder, read_model_config
 from hilum.encode.golden import check_golden
-from hilum.encode.models import find_released, is_repo, known_names
-from hilum.encode.pull import is_pulled, model_folder, read_pull, verify
+from hilum.encode.models import did_you_mean, find_released, is_pulled, is_repo, model_folder
+from hilum.encode.pull import read_pull, verify
 from hilum.encode.vit import ViT
 from hilum.encode.weights import read_weights
 from hilum.errors import ContractError, UsageError, WeightsAbsent
@@ -58,8 +58,8 @@ def locate(name: str, revision: str | None = None) -> Path:
         return Path(name)
     if find_released(name) is None and not (is_repo(name) and not Path(name).parent.is_dir()):
         raise UsageError(
-            f"no encoder '{name}'; expected a folder with an encoder, a Hugging Face id OWNER/NAME, or one of: "
-            f"{', '.join(BASELINES)}, {known_names()}"
+            f"no encoder '{name}'; expected a folder with an encoder, a released model ({did_you_mean(name)}), a Hugging Face "
+            f"id OWNER/NAME, or one of: {', '.join(BASELINES)}"
         )
     folder = model_folder(name, revision)
     if not is_pulled(folder):
