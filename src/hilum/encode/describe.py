@@ -1,13 +1,13 @@
-"""A contract in words, and what it will do to one scan. Without torch: a contract is read as plain values."""
+"""A contract in words, and what it will do to one scan. Without torch or arrays: a contract is read as plain values."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hilum.settings import to_dict
-from hilum.volume import PLANES, Volume
 
 if TYPE_CHECKING:
     from hilum.encode.encoder import AnyContract
+    from hilum.volume import Volume
 
 _DIRECTIONS = {"P": "Posterior", "L": "Left", "I": "Inferior", "A": "Anterior", "R": "Right", "S": "Superior"}
 _SHOWN = {"CT": "CT in Hounsfield units", "MR": "MR in its own unit", "OT": "images of unknown origin"}
@@ -26,7 +26,7 @@ def in_words(contract: Mapping[str, Any]) -> tuple[str, ...]:
     return _volume_words(contract) if "background_px" in contract else _slice_words(contract)
 
 
-def notes_of(volume: Volume, contract: "AnyContract") -> tuple[str, ...]:
+def notes_of(volume: "Volume", contract: "AnyContract") -> tuple[str, ...]:
     """What the contract does to this scan beside what it does to every scan: short notes for its feature rows.
 
     Whether the scan may be shown at all is for `check_kind` to say.
@@ -96,7 +96,9 @@ def _volume_words(c: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _slice_notes(volume: Volume, c: Mapping[str, Any]) -> tuple[str, ...]:
+def _slice_notes(volume: "Volume", c: Mapping[str, Any]) -> tuple[str, ...]:
+    from hilum.volume import PLANES
+
     notes = _placed(volume, tuple(PLANES.values()))
     if c["rounding"] == "int16" and volume.voxels.dtype.kind == "f":
         notes.append("fractions cut off")
@@ -117,7 +119,7 @@ def _slice_notes(volume: Volume, c: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _volume_notes(volume: Volume, c: Mapping[str, Any]) -> tuple[str, ...]:
+def _volume_notes(volume: "Volume", c: Mapping[str, Any]) -> tuple[str, ...]:
     notes = _placed(volume, (c["orientation"],))
     if volume.unit == "HU":
         notes.append(f"cut to {_range(c['clip_hu'])} HU")
@@ -129,7 +131,7 @@ def _volume_notes(volume: Volume, c: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _placed(volume: Volume, planes: Sequence[str]) -> list[str]:
+def _placed(volume: "Volume", planes: Sequence[str]) -> list[str]:
     if volume.affine is None:
         return ["plane unknown: shown as stored"]
     if volume.orientation in planes:

@@ -334,7 +334,7 @@ def models_markdown() -> str:
     """The tables of docs/models.md: model → licence → gate → contract."""
     lines = ["| model | encodes | parameters | trained on | code | weights | gate |", "|---|---|---|---|---|---|---|"]
     contracts = ["| model | size | CT | other | normalised by | vector |", "|---|---|---|---|---|---|"]
-    notes = []
+    notes: dict[str, list[str]] = {}  # text: names
     for m in MODELS.values():
         c, kind = m.contract, "slices" if m.dimension == 2 else "volumes"
         gate = f"[on request]({m.page})" if m.gated else f"[open]({m.page})"
@@ -343,11 +343,11 @@ def models_markdown() -> str:
             f"| `{m.name}` | {kind} | {number} | {m.trained_on} | {m.code_licence} | {m.weights_licence} | {gate} |"
         )
         contracts.append(f"| `{m.name}` | {' | '.join(_contract_cells(c))} |")
-        told = [text for text in (m.notes, f"not verified: {m.unverified}" if m.unverified else "") if text]
-        notes += [f"- `{m.name}`: {'; '.join(told)}"] if told else []
-    origins = {m.windows_from: [o.name for o in MODELS.values() if o.windows_from == m.windows_from] for m in _ALL}
-    notes += [f"- intensities of {', '.join(f'`{n}`' for n in names)}: {text}" for text, names in origins.items()]
-    return "\n".join([*lines, "", *contracts, "", *notes])
+        unverified = f"not verified: {m.unverified}" if m.unverified else ""
+        for text in (f"intensities: {m.windows_from}", m.notes, unverified):
+            notes.setdefault(text, []).append(f"`{m.name}`")
+    told = [f"- {', '.join(names)}: {text}" for text, names in notes.items() if text]
+    return "\n".join([*lines, "", *contracts, "", *told])
 
 
 def _contract_cells(c: Mapping[str, Any]) -> list[str]:
