@@ -58,7 +58,7 @@ def info(model: Model, revision: Revision = None, as_json: Json = False) -> None
     released = None if Path(model).is_dir() else find_released(model)
     if released is not None and not is_pulled(model_folder(model, revision)):
         from hilum.encode.describe import in_words
-        from hilum.records import hash_json
+        from hilum.settings import hash_json
 
         record = {**record_of(released), "pulled": False, "contract_hash": hash_json(released.contract)}
         words = in_words(released.contract)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hilum.errors import DiskFull, InputError
+from hilum.settings import hash_json as hash_json
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -173,11 +174,6 @@ def merge_tables(paths: Iterable[Path], columns: list[str] | None = None) -> Ite
 def table_metadata(table: pa.Table) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"hilum", b"{}"))
     return found
-
-
-def hash_json(record: Any) -> str:
-    """16 hex digits that name a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hash_file(path: Path) -> str:

@@ -4,6 +4,7 @@ Every mistake in a file or on the command line is reported at once, with the kno
 """
 
 import dataclasses
+import hashlib
 import json
 import tomllib
 import types
@@ -21,6 +22,11 @@ def to_dict(settings: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values; tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return plain
+
+
+def hash_json(record: Any) -> str:
+    """16 hex digits that name a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "settings") -> T:

@@ -31,8 +31,9 @@ class Contract:
     orientation     direction of (rows, columns) for axial, coronal and sagittal slices, as in Curia's processor
     rounding        "int16": fractions are cut off and the integers divided by 32767, as Curia's processor does
     clip_hu         CT values are cut to this range; other modalities are not cut
-    windows         CT: (low, high) in HU shown as 0 to 1, one for each channel, or one for all
-    percentiles     what has no HU: the percentiles of the slice shown as 0 to 1
+    windows         CT: (low, high) in HU shown as 0 to 1, one for each channel, or one for all; cut to 0 to 1 after
+                    resampling, too
+    percentiles     what has no HU: the percentiles of the slice shown as 0 to 1, likewise
     normalise       "slice": subtract the mean of the whole slice, divide by its standard deviation (unbiased);
                     "volume": the same with those of all slices of the scan; "constants": with `mean` and `std`
     mean, std       of each channel, for "constants"
@@ -106,6 +107,9 @@ def prepare_slice(
     if not contract.normalise_last:
         image = standardise(image, contract)
     image = fit_slice(image, contract).expand(contract.channels, -1, -1)
+    shown = contract.windows if unit == "HU" else contract.percentiles
+    if shown and contract.normalise_last:
+        image = image.clamp(0, 1)  # bicubic resampling overshoots; images of 8 bits cannot, and these stand for such
     if contract.normalise_last:
         image = standardise(image, contract, statistics)
     return image.contiguous()
