@@ -135,7 +135,7 @@ def compare_vectors(found: NDArray[np.float32], golden: Sequence[float]) -> dict
     returns  cosine; difference: the largest one divided by the root mean square of the golden vector; verdict: identical,
              rounding, narrow type, or another function
     """
-    a, b = found.astype(np.float64), np.asarray(golden, np.float64)
+    a, b = found.astype(np.float64), np.asarray(golden, np.float32).astype(np.float64)
     if a.shape != b.shape:
         return {"verdict": "another function", "cosine": 0.0, "difference": math.inf}
     sizes = float(np.linalg.norm(a) * np.linalg.norm(b))

@@ -1,0 +1,322 @@
+"""Encoders by name: folders of every layout, pulled models, baselines; and the self-test of a load."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hilum.encode.contract import Contract
+from hilum.encode.doctor import check_model
+from hilum.encode.encoder import Encoder, read_encoder
+from hilum.encode.golden import compare_vectors, golden_features, phantom_scans, read_golden, write_golden
+from hilum.encode.models import model_folder
+from hilum.encode.zoo import layout_of, load_encoder, open_folder
+from hilum.errors import ContractError, InputError, UsageError, WeightsAbsent
+
+PROCESSOR = {
+    "image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
+    "do_normalize": True, "resample": 3, "size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32},
+    "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HILUM_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A small DINOv2 as transformers would save it, written by hand."""
+    folder = tmp_path / "released"
+    folder.mkdir()
+    torch.manual_seed(0)
+    width, state = 96, {}
+
+    def add(name, *shape):
+        state[name] = 0.2 * torch.randn(*shape)
+
+    add("embeddings.cls_token", 1, 1, width)
+    add("embeddings.mask_token", 1, width)
+    add("embeddings.position_embeddings", 1, 17, width)
+    add("embeddings.patch_embeddings.projection.weight", width, 3, 8, 8)
+    add("embeddings.patch_embeddings.projection.bias", width)
+    for n in range(3):
+        layer = f"encoder.layer.{n}."
+        for part in ("query", "key", "value"):
+            add(f"{layer}attention.attention.{part}.weight", width, width)
+            add(f"{layer}attention.attention.{part}.bias", width)
+        for part, rows, columns in (("attention.output.dense", 96, 96), ("mlp.fc1", 384, 96), ("mlp.fc2", 96, 384)):
+            add(f"{layer}{part}.weight", rows, columns)
+            add(f"{layer}{part}.bias", rows)
+        for part in (
+            "norm1.weight",
+            "norm1.bias",
+            "norm2.weight",
+            "norm2.bias",
+            "layer_scale1.lambda1",
+            "layer_scale2.lambda1",
+        ):
+            add(layer + part, width)
+    add("layernorm.weight", width)
+    add("layernorm.bias", width)
+    save_file(state, folder / "model.safetensors")
+    config = {"model_type": "dinov2", "num_attention_heads": 3, "image_size": 32, "hidden_size": 96}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    return folder
+
+
+def pretend_pulled(folder, name, repo, revision="main"):
+    """As `hilum pull` would have left it."""
+    target = model_folder(name, revision)
+    shutil.copytree(folder, target)
+    files = {
+        p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in target.iterdir()
+    }
+    record = {"format": "hilum-pull", "version": 1, "name": name, "repo": repo, "asked": revision, "revision": "c" * 40}
+    (target / "pull.json").write_text(json.dumps({**record, "files": files}))
+    return target
+
+
+# ---- by name
+
+
+def test_a_released_folder(released):
+    encoder = load_encoder(str(released))
+    assert encoder.name.startswith("released@")
+    assert encoder.contract.size_px == 32
+    assert encoder.grid == (4, 4)
+    assert encoder.report["layout"] == "transformers dinov2"
+    assert encoder.report["num_tensors"] == len(load_file(released / "model.safetensors"))
+    assert encoder.tokens(torch.randn(2, 3, 32, 32)).patches.shape == (2, 16, 96)
+
+
+def test_a_pulled_model(released):
+    with pytest.raises(WeightsAbsent, match=r"fetch it with: hilum pull dinov2-small$") as caught:
+        load_encoder("dinov2-small")
+    assert caught.value.exit_code == 6
+    pretend_pulled(released, "dinov2-small", "facebook/dinov2-small")
+    by_name, by_repo = load_encoder("dinov2-small"), load_encoder("facebook/dinov2-small")
+    assert by_name.name == by_repo.name == "dinov2-small@cccccccc"
+    assert by_name.contract.windows == ((-1024.0, 1024.0),)
+    with pytest.raises(WeightsAbsent, match="hilum pull dinov2-small --revision v2"):
+        load_encoder("dinov2-small", revision="v2")
+
+
+def test_the_contract_of_a_pulled_model_is_its_own(released):
+    """Windows of the table, size and constants of the folder."""
+    folder = pretend_pulled(released, "medsiglip", "google/medsiglip-448")
+    from hilum.encode.natural import processor_contract
+
+    contract = processor_contract(folder)
+    assert contract.windows == ((-1225.0, 1025.0), (-135.0, 215.0), (0.0, 80.0))
+    assert (contract.size_px, contract.fit, contract.mean[0]) == (32, "crop", 0.485)
+
+
+def test_a_model_of_the_hub_that_is_not_in_the_table(released):
+    with pytest.raises(WeightsAbsent, match="hilum pull someone/model"):
+        load_encoder("someone/model")
+    pretend_pulled(released, "someone/model", "someone/model")
+    assert load_encoder("someone/model").name == "someone/model@cccccccc"
+
+
+def test_a_changed_file_of_a_pulled_model_is_refused(released):
+    folder = pretend_pulled(released, "dinov2-small", "facebook/dinov2-small")
+    path = folder / "preprocessor_config.json"
+    path.write_text(path.read_text().replace("0.485", "0.486"))
+    with pytest.raises(ContractError, match=r"preprocessor_config.json has changed\. Delete the folder"):
+        load_encoder("dinov2-small")
+    (folder / "pull.json").write_text("{}")
+    with pytest.raises(ContractError, match="no record of hilum pull"):
+        load_encoder("dinov2-small")
+
+
+def test_a_hilum_folder_has_a_report(export):
+    encoder = load_encoder(str(export))
+    assert encoder.name == read_encoder(export).name
+    assert encoder.report["layout"] == "hilum encoder"
+    assert encoder.report["used"] == encoder.report["num_tensors"]
+
+
+def test_random_weights_of_a_released_model(released):
+    trained = load_encoder(str(released))
+    a, b, c = (load_encoder(f"random:{released}", seed=s) for s in (0, 0, 1))
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(a.tokens(image).cls, b.tokens(image).cls)
+    assert not torch.equal(a.tokens(image).cls, c.tokens(image).cls)
+    assert a.contract == trained.contract
+    assert a.report == {}
+
+
+def test_layouts(tmp_path, released):
+    def made(name, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return layout_of(folder)
+
+    assert layout_of(released) == "natural"
+    assert made("a", model_type="dinov2", num_channels=1) == "curia"
+    assert made("b", model_type="gemma3") == made("c", model_type="siglip") == "siglip"
+    assert made("d", format="hilum-encoder") == "hilum"
+    with pytest.raises(ContractError, match="model_type 'bert'; known are"):
+        made("e", model_type="bert")
+    (tmp_path / "f" / "vitb_3d").mkdir(parents=True)
+    with pytest.raises(UsageError, match="is no encoder"):
+        layout_of(tmp_path / "f")
+    (tmp_path / "f" / "vitb_3d" / "config.yaml").write_text("")
+    assert layout_of(tmp_path / "f") == "voxelfm"
+
+
+def test_revisions_are_of_released_models(export):
+    with pytest.raises(UsageError, match="is a folder and has no revisions"):
+        load_encoder(str(export), revision="main")
+
+
+# ---- golden features
+
+
+def test_the_phantom_is_one_and_the_same():
+    a, b = phantom_scans(), phantom_scans()
+    assert set(a) == {"CT", "MR"}
+    for name, volume in a.items():
+        assert np.array_equal(volume.voxels, b[name].voxels)
+        assert volume.voxels.shape == (4, 96, 96)
+        assert volume.voxels.std() > 10
+
+
+def test_golden_features_are_what_the_tokens_say(export):
+    from hilum.encode.contract import prepare_slice
+
+    encoder = read_encoder(export)
+    features = golden_features(encoder)
+    assert set(features) == {"CT slice", "CT volume", "MR slice"}
+    ct = phantom_scans()["CT"].voxels
+    tokens = encoder.tokens(torch.stack([prepare_slice(z, "CT", "HU", encoder.slice_contract) for z in ct]))
+    expected = torch.cat([tokens.cls, tokens.patches.mean(1)], 1)
+    np.testing.assert_allclose(features["CT slice"], expected[2], atol=1e-5)
+    np.testing.assert_allclose(features["CT volume"], expected.mean(0), atol=1e-5)
+    assert set(golden_features(encoder, quick=True)) == {"CT slice"}
+
+
+def test_a_good_encoder(export):
+    told = check_model(str(export), write=True)
+    assert told["faults"] == 0
+    assert read_golden(export)["features"]["CT slice"][:2] == pytest.approx(
+        golden_features(read_encoder(export))["CT slice"][:2]
+    )
+    told = check_model(str(export))
+    assert told["faults"] == 0
+    assert {what: detail for what, _, detail in told["checks"]}["CT volume"].startswith("identical")
+    assert told["images_per_s"] > 0
+    assert load_encoder(str(export)).name
+
+
+def test_nothing_stored(export):
+    told = check_model(str(export))
+    assert told["faults"] == 0
+    assert any("hilum doctor MODEL --write" in detail for _, result, detail in told["checks"] if result == "note")
+
+
+def damage(folder, name="blocks.1.mlp.fc1.bias", by=1.0):
+    state = load_file(folder / "model.safetensors")
+    state[name].view(-1)[3] += by
+    save_file(state, folder / "model.safetensors")
+
+
+def faults(told):
+    return {what: detail for what, result, detail in told["checks"] if result == "fault"}
+
+
+def test_one_changed_weight_is_named(export):
+    write_golden(open_folder(export), export)
+    damage(export, by=1e-6)  # far below what the features show
+    assert faults(check_model(str(export))) == {"tensors": "changed: blocks.1.mlp.fc1.bias"}
+    assert load_encoder(str(export))
+    damage(export, by=3.0)
+    found = faults(check_model(str(export)))
+    assert set(found) == {"tensors", "CT slice", "CT volume", "MR slice"}
+    assert found["CT slice"].startswith("not the same function")
+    with pytest.raises(ContractError, match=r"features of the phantom's CT slice are not the stored ones \(cosine 0\."):
+        load_encoder(str(export))
+
+
+def test_a_changed_contract_is_named(export):
+    write_golden(open_folder(export), export)
+    record = json.loads((export / "contract.json").read_text())
+    (export / "contract.json").write_text(json.dumps({**record, "clip_hu": [-1000.0, 1000.0]}))
+    found = faults(check_model(str(export)))
+    assert found["contract"] == "clip_hu: [-1000.0, 2000.0] ≠ [-1000.0, 1000.0]"
+    assert "tensors" not in found
+    with pytest.raises(ContractError, match=r"contract is not the one of the golden features \(clip_hu"):
+        load_encoder(str(export))
+
+
+def test_a_truncated_file_is_named(export):
+    write_golden(open_folder(export), export)
+    content = (export / "model.safetensors").read_bytes()
+    (export / "model.safetensors").write_bytes(content[:-100])
+    told = check_model(str(export))
+    assert told["faults"] == 1
+    assert "model.safetensors cannot be read as safetensors" in faults(told)["load"]
+
+
+def test_damage_of_a_pulled_model_is_named(released):
+    folder = pretend_pulled(released, "dinov2-small", "facebook/dinov2-small")
+    assert check_model("dinov2-small", write=True)["faults"] == 0
+    assert check_model("dinov2-small")["faults"] == 0  # golden.json beside the weights is no foreign file
+    damage(folder, "encoder.layer.0.mlp.fc1.bias")
+    assert "model.safetensors has changed" in faults(check_model("dinov2-small"))["load"]
+
+
+def test_a_damaged_record(export):
+    (export / "golden.json").write_text('{"format": "else"}')
+    with pytest.raises(ContractError, match="no record of golden features"):
+        load_encoder(str(export))
+    (export / "golden.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        load_encoder(str(export))
+
+
+def test_threads_and_types_are_told_from_another_function(export, vit):
+    """Float64 stands for another order of sums; bfloat16 for a narrow type; a scaled layer for another function."""
+    write_golden(open_folder(export), export)
+    stored = read_golden(export)["features"]["CT slice"]
+
+    def verdict(network):
+        class Cast(torch.nn.Module):
+            def forward(self, images):
+                dtype = next(network.parameters()).dtype
+                return network(images.to(dtype))
+
+        encoder = Encoder(Cast(), Contract(size_px=32), "x", patch=(8, 8))
+        return compare_vectors(golden_features(encoder, quick=True)["CT slice"], stored)
+
+    def fresh(dtype):
+        network = open_folder(export).network
+        return network.to(dtype)
+
+    assert verdict(fresh(torch.float32))["verdict"] == "identical"
+    wide, narrow = verdict(fresh(torch.float64)), verdict(fresh(torch.bfloat16))
+    assert wide["verdict"] == "rounding"
+    assert 0 < wide["difference"] < 1e-4
+    assert narrow["verdict"] == "narrow type"
+    assert narrow["cosine"] > 0.999
+    other = fresh(torch.float32)
+    other.blocks[0].mlp.fc2.weight.mul_(5)
+    assert verdict(other)["verdict"] == "another function"
+    assert compare_vectors(np.zeros(3, np.float32), [0.0, 0.0])["verdict"] == "another function"
+    assert compare_vectors(np.zeros(2, np.float32), [0.0, 0.0])["verdict"] == "identical"
+
+
+def test_an_encoder_that_gives_nan_is_not_stored(export):
+    encoder = open_folder(export)
+    encoder.network.norm.weight.fill_(torch.nan)
+    with pytest.raises(ContractError, match="not to be trusted"):
+        write_golden(encoder, export)
