@@ -317,7 +317,7 @@ def test_info(hilum, tmp_path):
     assert (code, record["contract_hash"], record["model"]["size"]) == (0, contract.hash, "nano")
     code, out, _ = hilum("info", tmp_path / "e")
     assert contract.hash in out
-    assert "contract.clip_hu" in out
+    assert "cut to -1000 to 2000 HU" in out
 
 
 def test_the_installed_command_works():
@@ -326,4 +326,4 @@ def test_the_installed_command_works():
         [sys.executable, "-m", "hilum", "info", "nowhere"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("hilum: 'nowhere' is no encoder")
+    assert done.stderr.startswith("hilum: no encoder 'nowhere'; expected a folder")

@@ -2,14 +2,9 @@
 
 import hashlib
 import json
-import logging
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hub import COMMIT, Hub, serve
 
 from hilum.encode import pull as module
 from hilum.encode.models import MODELS, is_pulled, model_folder
@@ -23,22 +18,9 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    from huggingface_hub import constants, file_download
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # what the client writes at once; 10 MB of its own
-    monkeypatch.setattr(file_download.time, "sleep", lambda _: None)
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no token"))
-    monkeypatch.setenv("HILUM_HOME", str(tmp_path / "home"))
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    hub = Hub(dict(FILES))
-    with serve(hub) as address:
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        yield hub
+@pytest.fixture(autouse=True)
+def files(hub):
+    hub.files = dict(FILES)
 
 
 def test_only_what_is_needed_with_hashes(hub):
@@ -48,7 +30,7 @@ def test_only_what_is_needed_with_hashes(hub):
     assert folder.name == "dinov2-small@main"
     assert {p.name for p in folder.iterdir()} == {*list(FILES)[:3], "pull.json"}
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert record["revision"] == COMMIT
+    assert record["revision"] == hub.commit
     assert record["files"]["model.safetensors"] == {"size": len(WEIGHTS), "sha256": hashlib.sha256(WEIGHTS).hexdigest()}
     assert record["licence"] == "Apache-2.0"
     assert read_pull(folder) == {k: v for k, v in record.items() if k not in ("folder", "fetched")}

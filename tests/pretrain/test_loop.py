@@ -118,7 +118,7 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
         assert torch.equal(tensor, state[f"learner.teacher.backbone.{name}"])
     assert encoder.name == "small-dino@6"
     assert encoder.contract.size_px == 32
-    assert encoder.encode(torch.randn(1, 1, 32, 32)).cls.shape == (1, 96)
+    assert encoder.tokens(torch.randn(1, 1, 32, 32)).cls.shape == (1, 96)
 
 
 # ---- signals

@@ -56,6 +56,8 @@ def locate(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise UsageError(f"'{name}' is a folder and has no revisions; leave --revision out")
         return Path(name)
+    if name == "pixels" or name.startswith("random:"):
+        raise UsageError(f"'{name}' is a baseline and has no weights to fetch or to examine; it is for hilum embed")
     if find_released(name) is None and not (is_repo(name) and not Path(name).parent.is_dir()):
         raise UsageError(
             f"no encoder '{name}'; expected a folder with an encoder, a released model ({did_you_mean(name)}), a Hugging Face "

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-COMMIT = "c" * 40
-
 
 class Hub:
     """What the hub holds and how it behaves.
@@ -19,6 +17,8 @@ class Hub:
     lies      paths whose content is not what is announced
     requests  (method, path, Range) of every request
     """
+
+    commit = "c" * 40
 
     def __init__(self, files: dict[str, bytes], repo: str = "facebook/dinov2-small") -> None:
         self.files, self.repo = files, repo
@@ -36,7 +36,7 @@ class Hub:
             if path.endswith((".safetensors", ".pth")):
                 sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
             siblings.append(sibling)
-        return {"id": self.repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False, "downloads": 0}
+        return {"id": self.repo, "sha": self.commit, "siblings": siblings, "tags": [], "private": False, "downloads": 0}
 
 
 def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -63,10 +63,10 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append((self.command, path, self.headers.get("Range")))
             api = f"/api/models/{hub.repo}/revision/"
             if path.startswith(api):
-                if path.removeprefix(api) not in ("main", "v1", COMMIT):
+                if path.removeprefix(api) not in ("main", "v1", hub.commit):
                     return self.fail(404, "RevisionNotFound")
                 return self.send(json.dumps(hub.info()).encode(), "")
-            start = f"/{hub.repo}/resolve/{COMMIT}/"
+            start = f"/{hub.repo}/resolve/{hub.commit}/"
             if not path.startswith(start):
                 return self.fail(404, "RepoNotFound")
             if hub.gated and self.headers.get("Authorization") != "Bearer good":
@@ -81,7 +81,7 @@ def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
             ranged = self.headers.get("Range")
             start = int(ranged.removeprefix("bytes=").split("-")[0]) if ranged else 0
             self.send_response(206 if ranged else 200)
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", hub.commit)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content) - start))
             if ranged:
