@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hilum.encode.encoder import Encoder
 from hilum.encode.shards import read_index, read_tensors
 from hilum.encode.siglip import read_siglip
 from hilum.errors import ContractError, UsageError
@@ -162,3 +163,12 @@ def test_an_index_never_leaves_its_folder(tmp_path):
     save_file({"b": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ContractError, match="cannot be read as safetensors"):
         read_tensors(tmp_path)
+
+
+def test_half_precision(tmp_path):
+    save(tmp_path, make_tower())
+    network, contract, _ = read_siglip(tmp_path)
+    whole = Encoder(network, contract, "x", patch=(8, 8)).tokens(images())
+    half = Encoder(network, contract, "x", patch=(8, 8), precision="bfloat16").tokens(images())
+    assert torch.cosine_similarity(half.cls, whole.cls).min() > 0.999
+    assert torch.cosine_similarity(half.patches, whole.patches, dim=-1).min() > 0.999

@@ -29,12 +29,15 @@ LAYOUTS = {
 }
 
 
-def load_encoder(name: str, *, device: str = "cpu", seed: int = 0, revision: str | None = None) -> Encoder:
+def load_encoder(
+    name: str, *, device: str = "cpu", seed: int = 0, revision: str | None = None, precision: str = "float32"
+) -> Encoder:
     """An encoder with its contract and the report of how its weights were loaded; checked against its golden features.
 
-    name      a folder (of hilum, or of a released model), a released model by name or Hugging Face id, or a baseline
-    seed      draws the weights of "random:MODEL"
-    revision  of a released model, as it was pulled
+    name       a folder (of hilum, or of a released model), a released model by name or Hugging Face id, or a baseline
+    seed       draws the weights of "random:MODEL"
+    revision   of a released model, as it was pulled
+    precision  of `Encoder`
 
     Raises UsageError (unknown name), WeightsAbsent (not pulled), ContractError (files changed, tensors missing or left over,
     features other than those that are stored beside the weights).
@@ -43,9 +46,9 @@ def load_encoder(name: str, *, device: str = "cpu", seed: int = 0, revision: str
         return pixel_encoder()
     kind, colon, model = name.partition(":")
     if kind == "random" and colon:
-        return _random_encoder(model, device, seed, revision)
+        return _random_encoder(model, device, seed, revision, precision)
     folder = locate(name, revision)
-    encoder = open_folder(folder, device)
+    encoder = open_folder(folder, device, precision)
     check_golden(encoder, folder)
     return encoder
 
@@ -70,21 +73,23 @@ def locate(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def open_folder(folder: Path, device: str = "cpu") -> Encoder:
+def open_folder(folder: Path, device: str = "cpu", precision: str = "float32") -> Encoder:
     """The encoder of a folder, its files checked against pull.json when there is one."""
     verify(folder)
     layout = layout_of(folder)
     if layout == "hilum":
         config, contract = read_model_config(folder)
-        weights = read_weights(folder)
-        vit = ViT(config)
-        vit.load_state_dict(weights.state)
-        return Encoder(vit, contract, model_name(folder), patch=config.patch, device=device, report=weights.report)
-    module, function = LAYOUTS[layout]
-    network, contract, report = getattr(importlib.import_module(module), function)(folder)
-    pulled = read_pull(folder)
-    name = f"{pulled['name']}@{pulled['revision'][:8]}" if pulled else f"{folder.name}@{report['hash'][:8]}"
-    return Encoder(network, contract, name, patch=network.config.patch, device=device, report=report)
+        _, state, report = read_weights(folder)
+        network: Any = ViT(config)
+        network.load_state_dict(state)
+        name = model_name(folder)
+    else:
+        module, function = LAYOUTS[layout]
+        network, contract, report = getattr(importlib.import_module(module), function)(folder)
+        pulled = read_pull(folder)
+        name = f"{pulled['name']}@{pulled['revision'][:8]}" if pulled else f"{folder.name}@{report['hash'][:8]}"
+    patch = network.config.patch
+    return Encoder(network, contract, name, patch=patch, device=device, report=report, precision=precision)
 
 
 def layout_of(folder: Path) -> str:
@@ -116,7 +121,7 @@ def layout_of(folder: Path) -> str:
     )
 
 
-def _random_encoder(model: str, device: str, seed: int, revision: str | None) -> Encoder:
+def _random_encoder(model: str, device: str, seed: int, revision: str | None, precision: str) -> Encoder:
     folder = locate(model, revision)
     config: Any
     kind: type[nn.Module] = ViT
@@ -129,4 +134,4 @@ def _random_encoder(model: str, device: str, seed: int, revision: str | None) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = kind(config)
-    return Encoder(network, contract, f"random-{name}", patch=config.patch, device=device)
+    return Encoder(network, contract, f"random-{name}", patch=config.patch, device=device, precision=precision)
