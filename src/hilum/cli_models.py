@@ -129,6 +129,8 @@ def _info_text(model: str, r: dict[str, Any], words: Sequence[str]) -> str:
 
 def _coverage_words(report: dict[str, Any]) -> list[str]:
     """What became of every tensor of the file."""
+    from hilum.terminal import few
+
     if not report:
         return ["drawn, not loaded"]
     words = [
@@ -136,8 +138,8 @@ def _coverage_words(report: dict[str, Any]) -> list[str]:
         f"{report['used']} of {report['num_tensors']} tensors as they are",
     ]
     words += [f"{how}: {count}" for how, count in report["transformed"].items()]
-    words += [f"not in the file: {', '.join(report['created'])}"] if report["created"] else []
-    words += [f"all zero, as if never trained: {', '.join(report['zeros'])}"] if report["zeros"] else []
+    words += [f"not in the file: {few(report['created'])}"] if report["created"] else []
+    words += [f"all zero, as if never trained: {few(report['zeros'])}"] if report["zeros"] else []
     return words
 
 

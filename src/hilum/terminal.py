@@ -3,7 +3,7 @@
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Progress = Callable[[int, int | None, str], None]
@@ -94,6 +94,13 @@ def wrap_row(cells: Sequence[str], widths: Sequence[int], text: str, width: int 
         lines[0] = head + lines[0].lstrip()
         return "\n".join(lines)
     return "\n".join([head.rstrip(), *lines])
+
+
+def few(names: Iterable[str], number: int = 5) -> str:
+    """The first names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - number:,} more" if len(listed) > number else ""
+    return ", ".join(listed[:number]) + more
 
 
 def _text(value: Any) -> str:

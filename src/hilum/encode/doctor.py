@@ -19,7 +19,7 @@ from hilum.encode.models import is_pulled
 from hilum.encode.zoo import locate, open_folder
 from hilum.errors import ContractError
 from hilum.settings import differences, to_dict
-from hilum.terminal import Progress
+from hilum.terminal import Progress, few
 
 
 def check_model(
@@ -82,9 +82,9 @@ def _coverage(report: dict[str, Any]) -> list[list[str]]:
     text = f"{report['used']} of {report['num_tensors']} tensors as they are" + (f"; {changed}" if changed else "")
     rows = [["weights", "good", f"{report['layout']}, {text}"]]
     if report["created"]:
-        rows.append(["weights", "note", f"not in the file: {', '.join(report['created'])}"])
+        rows.append(["weights", "note", f"not in the file: {few(report['created'])}"])
     if report["zeros"]:
-        rows.append(["weights", "note", f"all zero, as if never trained: {', '.join(report['zeros'])}"])
+        rows.append(["weights", "note", f"all zero, as if never trained: {few(report['zeros'])}"])
     return rows
 
 
@@ -94,8 +94,7 @@ def _compare(encoder: Encoder, golden: dict[str, Any]) -> list[list[str]]:
     same = "as when the features were stored"
     rows.append(["contract", "fault" if changed else "good", "; ".join(changed) or same])
     tensors = changed_tensors(encoder, golden["tensors"])
-    named = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
-    rows.append(["tensors", "fault" if tensors else "good", f"changed: {named}" if tensors else same])
+    rows.append(["tensors", "fault" if tensors else "good", f"changed: {few(tensors)}" if tensors else same])
     found = golden_features(encoder)
     for name, stored in golden["features"].items():
         if name not in found:

@@ -54,13 +54,14 @@ def golden_features(encoder: Encoder, quick: bool = False) -> dict[str, NDArray[
             continue
         contract, unit = encoder.contract, volume.unit
         statistics = volume_statistics(volume.voxels, modality, unit, contract)
-        found[f"{modality} slice"] = _vector(
-            encoder, prepare_slice(volume.voxels[_MIDDLE], modality, unit, contract, statistics)[None]
-        )
-        if modality == "CT" and not quick:
-            images = [prepare_slice(pixels, modality, unit, contract, statistics) for pixels in volume.voxels]
-            slices = [_vector(encoder, image[None]) for image in images]
-            found["CT volume"] = np.stack(slices).mean(0)
+        whole = modality == "CT" and not quick
+        vectors = {
+            z: _vector(encoder, prepare_slice(volume.voxels[z], modality, unit, contract, statistics)[None])
+            for z in (range(NUM_SLICES) if whole else [_MIDDLE])
+        }
+        found[f"{modality} slice"] = vectors[_MIDDLE]
+        if whole:
+            found[f"{modality} volume"] = np.stack(list(vectors.values())).mean(0)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from hilum.encode.contract import Contract
 from hilum.encode.models import find_released, slice_contract
 from hilum.encode.vit import ViT
-from hilum.encode.weights import read_weights
+from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError
 from hilum.records import read_json
 from hilum.settings import from_dict
@@ -33,9 +33,7 @@ def read_natural(folder: Path) -> tuple[ViT, Contract, dict[str, Any]]:
     weights = read_weights(folder, channels=None)
     contract = processor_contract(folder)
     check_sides(contract, weights.config.patch, weights.config.channels, folder)
-    network = ViT(weights.config)
-    network.load_state_dict(weights.state)
-    return network, contract, weights.report
+    return build(ViT, weights.config, weights.state), contract, weights.report
 
 
 def check_sides(contract: Contract, patch: tuple[int, ...], channels: int, folder: Path) -> None:

@@ -19,7 +19,7 @@ from hilum.encode.contract import Contract
 from hilum.encode.natural import check_sides, processor_contract
 from hilum.encode.shards import read_tensors, shard_map
 from hilum.encode.vit import Attention, LayerScale, Tokens
-from hilum.encode.weights import compare
+from hilum.encode.weights import build, compare
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
 
@@ -155,8 +155,7 @@ def read_siglip(folder: Path) -> tuple[SiglipTower, Contract, dict[str, Any]]:
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in SiglipTower(config).state_dict().items()}
     report = compare(wanted, state, origins, tensors, "transformers siglip", folder, transformed)
-    network = SiglipTower(config)
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    network = build(SiglipTower, config, {name: tensor.float() for name, tensor in state.items()})
     return network, contract, {**report, "not_read": len(names) - len(tensors)}
 
 

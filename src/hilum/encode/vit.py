@@ -208,7 +208,8 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_cells, self.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=config.norm_eps)
-        self.reset_parameters()
+        if not self.cls_token.is_meta:  # where there is nothing to draw, and torch would load its compiler to do so
+            self.reset_parameters()
 
     @property
     def num_prefix(self) -> int:

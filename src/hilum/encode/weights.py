@@ -12,13 +12,13 @@ compute of a grey image that is shown in all three. A contract with three channe
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hilum.encode.encoder import read_model_config
 from hilum.encode.layouts import JOINED, Layout, layout_named
@@ -27,6 +27,8 @@ from hilum.encode.shards import read_tensors
 from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
+
+T = TypeVar("T", bound=nn.Module)
 
 # Settings of transformers that say which biases a model has not, and their names here.
 _BIASES = {
@@ -101,6 +103,14 @@ def translate_dinov2(tensors: dict[str, Tensor], where: Path) -> Weights:
     where  the file, for messages
     """
     return _translate(_Found("transformers dinov2", tensors, layout_named("dinov2", True)), where)
+
+
+def build(network: Callable[[Any], T], config: Any, state: Mapping[str, Tensor]) -> T:
+    """`network(config)` with these tensors as its parameters; none is drawn or copied first."""
+    with torch.device("meta"):
+        made = network(config)
+    made.load_state_dict(state, assign=True)
+    return made
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ from hilum.encode.golden import check_golden
 from hilum.encode.models import did_you_mean, find_released, is_pulled, is_repo, model_folder
 from hilum.encode.pull import read_pull, verify
 from hilum.encode.vit import ViT
-from hilum.encode.weights import read_weights
+from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError, UsageError, WeightsAbsent
 from hilum.records import read_json
 
@@ -80,8 +80,7 @@ def open_folder(folder: Path, device: str = "cpu", precision: str = "float32") -
     if layout == "hilum":
         config, contract = read_model_config(folder)
         _, state, report = read_weights(folder)
-        network: Any = ViT(config)
-        network.load_state_dict(state)
+        network: Any = build(ViT, config, state)
         name = model_name(folder)
     else:
         module, function = LAYOUTS[layout]
