@@ -217,7 +217,7 @@ def _read_transformers(folder: Path, config: Any) -> _Found:
     )
 
 
-def _translate(found: _Found, where: Path, channels: int | None) -> Weights:
+def _translate(found: _Found, where: Path, channels: int | None = 1) -> Weights:
     """Foreign tensors under our names, joined, summed and reshaped as our transformer wants them."""
     state: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
