@@ -147,7 +147,9 @@ def test_a_folder_that_does_not_say_what_it_expects(tmp_path):
     with pytest.raises(ContractError, match="nobody knows what images this model expects"):
         processor_contract(tmp_path)
     save(tmp_path, processor={**DINOV2, "crop_size": 30})
-    with pytest.raises(ContractError, match="gives 3 channels of 30 px; the network takes 3 channels in patches of"):
+    with pytest.raises(
+        ContractError, match="the contract gives 3 channels of 30 px; the network takes 3 channels in patches of"
+    ):
         read_natural(tmp_path)
     save(tmp_path, num_channels=1)
     with pytest.raises(ContractError, match="the network takes 1 channels"):

@@ -13,9 +13,12 @@ from hilum.encode.contract import Contract
 from hilum.encode.doctor import check_model
 from hilum.encode.encoder import Encoder, read_encoder
 from hilum.encode.golden import compare_vectors, golden_features, phantom_scans, read_golden, write_golden
-from hilum.encode.models import model_folder
+from hilum.encode.models import MODELS, model_folder
+from hilum.encode.vit import ViT, ViTConfig
+from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.zoo import layout_of, load_encoder, open_folder
 from hilum.errors import ContractError, InputError, UsageError, WeightsAbsent
+from hilum.settings import from_dict
 
 PROCESSOR = {
     "image_processor_type": "BitImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
@@ -172,6 +175,61 @@ def test_layouts(tmp_path, released):
         layout_of(tmp_path / "f")
     (tmp_path / "f" / "vitb_3d" / "config.yaml").write_text("")
     assert layout_of(tmp_path / "f") == "voxelfm"
+
+
+def test_our_own_in_the_layout_of_transformers(released, export):
+    """contract.json decides, not what transformers would do to an image."""
+    contract = {**json.loads((export / "contract.json").read_text()), "channels": 3}
+    (released / "contract.json").write_text(json.dumps(contract))
+    encoder = load_encoder(str(released))
+    assert encoder.contract == read_encoder(export).contract.__class__(size_px=32, channels=3)
+    assert encoder.report["layout"] == "transformers dinov2"
+
+
+def make_curia(folder, released):
+    """One channel, as Curia's releases."""
+    shutil.copytree(released, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_channels": 1}))
+    state = load_file(folder / "model.safetensors")
+    name = "embeddings.patch_embeddings.projection.weight"
+    state[name] = state[name][:, :1].contiguous()
+    save_file(state, folder / "model.safetensors")
+    processor = {"crop_size": 32, "clip_below_air": False, "eps": 1e-6, "do_resize": True, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**processor, "image_processor_type": "CuriaImageProcessor"})
+    )
+    return folder
+
+
+def test_curia_by_name(released, tmp_path):
+    pytest.importorskip("hilum.encode.curia")
+    folder = make_curia(tmp_path / "curia", released)
+    revision = MODELS["curia-2"].revision
+    pretend_pulled(folder, "curia-2", "raidium/curia-2", revision)
+    for name in ("curia-2-b", "raidium/curia-2", str(folder)):
+        encoder = load_encoder(name)
+        assert from_dict(Contract, {**MODELS["curia-2"].contract, "size_px": 32}) == encoder.contract
+    assert check_model("curia-2", write=True)["faults"] == check_model("curia-2")["faults"] == 0
+
+
+def test_voxelfm_by_name(tmp_path):
+    voxelfm = pytest.importorskip("hilum.encode.voxelfm")
+    torch.manual_seed(0)
+    shape = ViTConfig(
+        size="nano", patch=(8, 8, 8), image=(32, 32, 32), positions="rotary", num_registers=4, norm_eps=1e-5
+    )
+    contract = VolumeContract(patch=(8, 8, 8), min_spacing_mm=8.0, background_px=0)
+    folder = tmp_path / "voxelfm"
+    voxelfm.write_voxelfm(ViT(shape), contract, folder)
+    encoder = load_encoder(str(folder))
+    assert encoder.patch == (8, 8, 8)
+    assert encoder.contract.hash == contract.hash or encoder.contract.mean == contract.mean
+    assert check_model(str(folder), write=True)["faults"] == 0
+    told = check_model(str(folder))
+    assert told["faults"] == 0
+    assert "CT volume" in {what for what, _, _ in told["checks"]}
+    assert load_encoder(str(folder)).name == encoder.name
 
 
 def test_revisions_are_of_released_models(export):

@@ -36,11 +36,19 @@ def read_natural(folder: Path) -> tuple[ViT, Contract, dict[str, Any]]:
     return build(ViT, weights.config, weights.state), contract, weights.report
 
 
+def read_exported(folder: Path) -> tuple[ViT, Contract, dict[str, Any]]:
+    """An encoder of ours in the layout of transformers (`hilum export`): its contract lies beside it as contract.json."""
+    weights = read_weights(folder, channels=None)
+    contract = from_dict(Contract, read_json(folder / "contract.json"), f"{folder}/contract.json")
+    check_sides(contract, weights.config.patch, weights.config.channels, folder)
+    return build(ViT, weights.config, weights.state), contract, weights.report
+
+
 def check_sides(contract: Contract, patch: tuple[int, ...], channels: int, folder: Path) -> None:
     """ContractError when a contract and a network do not fit each other."""
     if any(contract.size_px % p for p in patch) or contract.channels != channels:
         raise ContractError(
-            f"{folder}: the processor gives {contract.channels} channels of {contract.size_px} px; the network takes "
+            f"{folder}: the contract gives {contract.channels} channels of {contract.size_px} px; the network takes "
             f"{channels} channels in patches of {patch}"
         )
 

@@ -26,6 +26,7 @@ LAYOUTS = {
     "voxelfm": ("hilum.encode.voxelfm", "read_voxelfm"),
     "natural": ("hilum.encode.natural", "read_natural"),
     "siglip": ("hilum.encode.siglip", "read_siglip"),
+    "exported": ("hilum.encode.natural", "read_exported"),
 }
 
 
@@ -108,6 +109,8 @@ def layout_of(folder: Path) -> str:
     kind = config.get("model_type")
     if kind is None:
         return "hilum"  # whose reader says what is wrong
+    if (folder / "contract.json").is_file():
+        return "exported"
     if kind == "dinov2" and config.get("num_channels") == 1:
         return "curia"
     if kind in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
