@@ -244,7 +244,7 @@ def test_the_phantom_is_one_and_the_same():
     assert set(a) == {"CT", "MR"}
     for name, volume in a.items():
         assert np.array_equal(volume.voxels, b[name].voxels)
-        assert volume.voxels.shape == (4, 96, 96)
+        assert volume.voxels.shape == (24, 96, 96)
         assert volume.voxels.std() > 10
 
 
@@ -254,7 +254,7 @@ def test_golden_features_are_what_the_tokens_say(export):
     encoder = read_encoder(export)
     features = golden_features(encoder)
     assert set(features) == {"CT slice", "CT volume", "MR slice"}
-    ct = phantom_scans()["CT"].voxels
+    ct = phantom_scans()["CT"].voxels[3::6]
     tokens = encoder.tokens(torch.stack([prepare_slice(z, "CT", "HU", encoder.slice_contract) for z in ct]))
     expected = torch.cat([tokens.cls, tokens.patches.mean(1)], 1)
     np.testing.assert_allclose(features["CT slice"], expected[2], atol=1e-5)
