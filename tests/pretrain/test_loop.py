@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hilum.encode.doctor import check_model
 from hilum.encode.encoder import read_encoder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop
@@ -119,6 +120,10 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
     assert encoder.name == "small-dino@6"
     assert encoder.contract.size_px == 32
     assert encoder.tokens(torch.randn(1, 1, 32, 32)).cls.shape == (1, 96)
+    assert check_model(str(tmp_path / "run" / "export"))["checks"][-1][1:] == [
+        "good",
+        "identical (cosine 1.0000000, difference 0)",
+    ]
 
 
 # ---- signals
