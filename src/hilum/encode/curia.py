@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hilum.encode.contract import Contract
 from hilum.encode.vit import ViT
-from hilum.encode.weights import read_weights
+from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError
 from hilum.records import read_json
 
@@ -98,6 +98,4 @@ def read_curia(folder: str | Path) -> tuple[ViT, Contract, dict[str, Any]]:
     contract = curia_contract(read_json(folder / "preprocessor_config.json"))
     if any(contract.size_px % p for p in config.patch):
         raise ContractError(f"{folder}: crop_size {contract.size_px} is no multiple of the patch {config.patch}")
-    model = ViT(config)
-    model.load_state_dict(state)
-    return model.eval(), contract, report
+    return build(ViT, config, state).eval(), contract, report
