@@ -148,7 +148,8 @@ from hilum import api
 print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
     assert set(run(code).split()) == {
-        "demo", "doctor", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
+        "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan",
+        "show",
     }  # fmt: skip
 
 

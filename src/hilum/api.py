@@ -11,6 +11,7 @@ from hilum.archive.scan import scan
 from hilum.demo import demo
 from hilum.encode.doctor import check_model as doctor
 from hilum.encode.embed import embed
+from hilum.encode.export import export
 from hilum.encode.pull import pull
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
@@ -18,7 +19,7 @@ from hilum.pretrain.watch.report import show_run
 from hilum.probe.fit import probe
 
 __all__ = [
-    "demo", "doctor", "embed", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
+    "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hilum.cli_models import doctor, info, models, pull
+from hilum.cli_models import doctor, export, info, models, pull
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
@@ -282,6 +282,7 @@ app.command()(models)
 app.command()(info)
 app.command()(pull)
 app.command()(doctor)
+app.command()(export)
 
 
 def _ledger_text(counts: dict[str, Any]) -> str:

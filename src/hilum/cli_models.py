@@ -1,4 +1,4 @@
-"""`hilum models`, `info`, `pull` and `doctor`: which encoders there are, what they expect, and whether they are whole."""
+"""`hilum models`, `info`, `pull`, `doctor` and `export`: which encoders there are, what they expect, whether they are whole."""
 
 import json
 import textwrap
@@ -195,3 +195,18 @@ def doctor(
     _print(told, as_json, "\n".join(lines))
     if told["faults"]:
         raise typer.Exit(EXIT_INPUT_REFUSED)
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="hf (as transformers saves it), onnx or torch-export.")] = "hf",
+    as_json: Json = False,
+) -> None:
+    """Write an encoder in a form that others load, compared with the original on a phantom before it counts as written."""
+    from hilum.encode.export import export as run
+
+    told = run(model, out, to)
+    apart = f"tokens differ by {told['max_difference']:.1e}, allowed are {told['tolerance']:.0e}"
+    text = f"{out}: {', '.join(told['files'])}; loaded with {told['checked_with']}, {apart}"
+    _print(told, as_json, text)

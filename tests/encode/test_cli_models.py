@@ -104,6 +104,16 @@ def _shape(record):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in record["model"].items()}
 
 
+def test_export(export, hilum, tmp_path):
+    code, out, err = hilum("export", export, "--to", "torch-export", "-o", tmp_path / "other")
+    assert code == 0, err
+    assert "model.pt2; loaded with torch.export, tokens differ by 0.0e+00" in out
+    code, _, err = hilum("export", export, "--to", "torch-export", "-o", tmp_path / "other")
+    assert (code, "exists; give a new folder" in err) == (2, True)
+    code, _, err = hilum("export", export, "--to", "tflite", "-o", tmp_path / "another")
+    assert (code, "expected hf, onnx, torch-export" in err) == (2, True)
+
+
 def test_models_as_json(hilum, tmp_path, monkeypatch):
     monkeypatch.setenv("HILUM_HOME", str(tmp_path))
     found = {m["name"]: m for m in json.loads(hilum("models", "--json")[1])["models"]}
