@@ -133,7 +133,9 @@ def test_turns_of_the_released_size():
 
 def test_the_released_size_has_the_tensors_of_the_release():
     with torch.device("meta"):
-        model = ViT(ViTConfig(size="voxelfm-base", patch=(14,) * 3, image=(112,) * 3, positions="rotary", num_registers=4))
+        model = ViT(
+            ViTConfig(size="voxelfm-base", patch=(14,) * 3, image=(112,) * 3, positions="rotary", num_registers=4)
+        )
     state = model.state_dict()
     assert len(state) == 176 - 1  # without the periods
     assert sum(tensor.numel() for tensor in state.values()) == 110_029_536

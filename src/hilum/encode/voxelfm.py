@@ -159,10 +159,14 @@ def _config(settings: _Settings, folder: Path) -> ViTConfig:
     if kind not in ("mlp", "swiglu"):
         raise ContractError(f"{settings.path} has student.ffn_layer '{kind}'; this hilum knows mlp and swiglu")
     wanted = {**_FIXED, "rope_base": _BASE}
-    if other := {name: value for name in wanted if (value := settings.get(f"student.{name}", wanted[name])) != wanted[name]}:
+    if other := {
+        name: value for name in wanted if (value := settings.get(f"student.{name}", wanted[name])) != wanted[name]
+    }:
         raise ContractError(f"{settings.path} has student {other}; this transformer has {wanted}")
     if width % (6 * heads):
-        raise ContractError(f"{settings.path}: width {width} is no multiple of 6·{heads} heads, which rotation in 3D needs")
+        raise ContractError(
+            f"{settings.path}: width {width} is no multiple of 6·{heads} heads, which rotation in 3D needs"
+        )
     hidden = round(width * settings.number("student.mlp_ratio", "the width of the feed-forward part"))
     if kind == "swiglu":
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
@@ -210,7 +214,9 @@ def _checkpoint(folder: Path) -> Path:
     found = sorted(folder.rglob("*.pth"))
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
-        raise UsageError(f"'{folder}' has {len(found)} checkpoints ({names}); expected one .pth file: leave the one to be read")
+        raise UsageError(
+            f"'{folder}' has {len(found)} checkpoints ({names}); expected one .pth file: leave the one to be read"
+        )
     return found[0]
 
 
