@@ -26,7 +26,7 @@ from torch.nn import functional
 from hilum.archive.intake import read_scan
 from hilum.archive.privacy import read_key
 from hilum.archive.scan import find
-from hilum.encode.encoder import Encoder, pool
+from hilum.encode.encoder import Encoder
 from hilum.encode.volume_contract import PreparedVolume, VolumeContract, check_range, fit_volume, prepare_volume
 from hilum.errors import ContractError, InputError, UsageError
 from hilum.volume import FloatArray, Spacing, Volume, orient
@@ -99,10 +99,8 @@ def compare_upstream(path: str | Path, encoder: Encoder) -> dict[str, Any]:
                 "share": float((apart > 0).mean()), "largest_hu": float(apart.max()), "mean_hu": float(apart.mean()),
             }  # fmt: skip
     ours, theirs = encoder.tokens(right.image[None]), encoder.tokens(prepared.image[None])
-    report["cosine"] = {
-        kind: round(float(functional.cosine_similarity(pool(ours, kind), pool(theirs, kind))), 6)
-        for kind in ("class", "mean")
-    }
+    vectors = {"class": (ours.cls, theirs.cls), "mean": (ours.patches.mean(1), theirs.patches.mean(1))}
+    report["cosine"] = {kind: round(float(functional.cosine_similarity(*pair)), 6) for kind, pair in vectors.items()}
     return report
 
 
