@@ -144,7 +144,7 @@ def fit_volume(
             shape = "×".join(str(s.stop - s.start) for s in box)
             notes.append(f"background cut away: {shape} of {'×'.join(map(str, voxels.shape))} voxels left")
         voxels, affine = voxels[box], _shift(affine, [s.start for s in box])
-    image = torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32)).clamp(*contract.clip_hu)
+    image = torch.from_numpy(np.array(voxels, np.float32, order="C")).clamp_(*contract.clip_hu)
     image, affine = _resize(
         image, affine, isotropic_shape(image.shape, affine, contract, same), notes, "made isotropic"
     )
@@ -161,7 +161,7 @@ def fit_volume(
     affine = _shift(affine, start)
     token_affine = _shift(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
     token_affine[:3, :3] *= contract.patch
-    image = (image - contract.mean) / contract.std
+    image = (image - contract.mean).div_(contract.std)
     return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
 
 
