@@ -1,6 +1,6 @@
 """Whole volumes through a network of VoxelFM's size (random weights): time a token, attention's share, peak memory.
 
-    python benchmarks/speed/volume_tokens.py [--patches 2000 25000] [--dtype float32] [--repeats 1] >> RESULTS
+    python benchmarks/speed/volume_tokens.py [--patches 2000 25000] [--precision float32] [--repeats 1] >> RESULTS
     python benchmarks/speed/volume_tokens.py --plain [--patches 2000] [--repeats 3] >> RESULTS
 
 Sizes run from small to large, so that the peak memory of a line is that of its size. Attention costs the square of the number
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from hilum.encode import vit
 from hilum.encode.chunks import memory_estimate
+from hilum.encode.encoder import Encoder
 from hilum.encode.shape import SIZES, ViTConfig
+from hilum.encode.volume_contract import VolumeContract
 
 CONFIG = ViTConfig(
     size="voxelfm-base", patch=(14, 14, 14), image=(112, 112, 112), positions="rotary", num_registers=4, norm_eps=1e-5
@@ -56,20 +58,19 @@ class Clock:
         return out
 
 
-def run(network: vit.ViT, image: Tensor, work: Attend) -> tuple[float, float]:
+def run(encoder: Encoder, image: Tensor, work: Attend) -> tuple[float, float]:
     """Seconds of one pass, and of attention in it."""
     vit.attend = clock = Clock(work)  # type: ignore[assignment]
     start = time.perf_counter()
-    with torch.inference_mode():
-        network(image)
+    encoder.tokens(image)
     return time.perf_counter() - start, clock.seconds
 
 
-def measure(network: vit.ViT, num_patches: int, dtype: torch.dtype, repeats: int) -> None:
+def measure(encoder: Encoder, num_patches: int, repeats: int) -> None:
     grid = GRIDS[num_patches]
     image = torch.randn(1, 1, *(14 * n for n in grid))
-    num_tokens = num_patches + network.num_prefix
-    times = [run(network, image, attend) for _ in range(repeats)]
+    num_tokens = num_patches + 1 + CONFIG.num_registers
+    times = [run(encoder, image, attend) for _ in range(repeats)]
     attention, linear = operations(num_tokens)
     results = {
         "s per volume": [whole for whole, _ in times],
@@ -79,37 +80,38 @@ def measure(network: vit.ViT, num_patches: int, dtype: torch.dtype, repeats: int
         "attention, % of operations": [100 * attention / (attention + linear)],
         "Gflop/s of attention": [attention / part / 1e9 for _, part in times],
         "Gflop/s of the rest": [linear / (whole - part) / 1e9 for whole, part in times],
-        "estimated memory MiB, process apart": [memory_estimate(CONFIG, num_tokens, dtype) / 2**20],
+        "estimated memory MiB, process apart": [
+            memory_estimate(CONFIG, num_tokens, getattr(torch, encoder.precision)) / 2**20
+        ],
     }
-    print_lines(results, patches=num_patches, dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads())
+    print_lines(results, patches=num_patches, precision=encoder.precision, threads=torch.get_num_threads())
 
 
-def compare(network: vit.ViT, num_patches: int, dtype: torch.dtype, repeats: int) -> None:
+def compare(encoder: Encoder, num_patches: int, repeats: int) -> None:
     image = torch.randn(1, 1, *(14 * n for n in GRIDS[num_patches]))
-    num_tokens = num_patches + network.num_prefix
+    num_tokens = num_patches + 1 + CONFIG.num_registers
     ways = {"hilum": attend, "plain": plain}
     turns = {
-        f"tokens/s, {name}": (lambda work=work: run(network, image, work), num_tokens) for name, work in ways.items()
+        f"tokens/s, {name}": (lambda work=work: run(encoder, image, work), num_tokens) for name, work in ways.items()
     }
     results = take_turns(turns, repeats)  # type: ignore[arg-type]
     pairs = zip(results["tokens/s, hilum"], results["tokens/s, plain"])
     results["times faster than plain"] = [ours / theirs for ours, theirs in pairs]
-    print_lines(results, patches=num_patches, dtype=str(dtype).removeprefix("torch."), threads=torch.get_num_threads())
+    print_lines(results, patches=num_patches, precision=encoder.precision, threads=torch.get_num_threads())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patches", type=int, nargs="+", choices=GRIDS)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plain", action="store_true")
     given = parser.parse_args()
-    dtype = getattr(torch, given.dtype)
     torch.manual_seed(0)
-    network = vit.ViT(CONFIG).eval().requires_grad_(False).to(dtype)
-    run(network, torch.randn(1, 1, 56, 56, 56), attend)  # warm
+    encoder = Encoder(vit.ViT(CONFIG), VolumeContract(), "voxelfm", patch=CONFIG.patch, precision=given.precision)
+    run(encoder, torch.randn(1, 1, 56, 56, 56), attend)  # warm
     for num_patches in sorted(given.patches or ([2000] if given.plain else [2000, 25000])):
-        (compare if given.plain else measure)(network, num_patches, dtype, given.repeats)
+        (compare if given.plain else measure)(encoder, num_patches, given.repeats)
 
 
 if __name__ == "__main__":

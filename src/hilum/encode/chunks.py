@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hilum.encode.attention import PRODUCTS_UP_TO, SHORT_SEQUENCE
+from hilum.encode.attention import SHORT_SEQUENCE
 from hilum.encode.encoder import Encoder
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import Tokens, ViT, Window
@@ -143,6 +143,7 @@ def memory_estimate(config: ViTConfig, num_tokens: int, dtype: torch.dtype = tor
     """Bytes that weights and one forward pass take at their highest, besides the process itself.
 
     num_tokens  of one image or volume, class token and registers included
+    dtype       of the encoder's precision
     """
     with torch.device("meta"):
         weights = sum(p.numel() for p in ViT(config).parameters()) * dtype.itemsize
@@ -152,17 +153,17 @@ def memory_estimate(config: ViTConfig, num_tokens: int, dtype: torch.dtype = tor
 def pass_bytes(config: ViTConfig, num_tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
     """Bytes of one forward pass without gradients: the image in float32, and the larger of the two branches of a block.
 
-    Attention holds the tokens three times (as they are, laid end to end, normalised), queries, keys and values, and either the
-    rotated ones with the result, or the rotated queries with three fp32 steps of the keys' rotation. The feed-forward part
-    holds the tokens a fourth time, from before attention, and its hidden layer before and after the activation. There is no
-    matrix of all tokens by all tokens, except for short sequences.
+    Attention holds the tokens three times in float32 (as they are, laid end to end, normalised), queries, keys and values, and
+    either the rotated ones with the result, or the rotated queries with three float32 steps of the keys' rotation. The
+    feed-forward part holds the tokens a fourth time, from before attention, and its hidden layer before and after the
+    activation. There is no matrix of all tokens by all tokens, except for short sequences.
     """
     width, _, heads, kind, hidden = SIZES[config.size]
     size = dtype.itemsize
-    attention = max(9 * width * size, 7 * width * size + 12 * width)
-    feed_forward = (4 * width + (2 if kind == "mlp" else 4) * hidden) * size
-    limit = SHORT_SEQUENCE if dtype == torch.float32 else PRODUCTS_UP_TO
-    matrix = 2 * heads * num_tokens * size if num_tokens <= limit else 0
+    narrowed = width * size if size < 4 else 0  # what enters a branch in half precision
+    attention = 12 * width + narrowed + 3 * width * size + max(3 * width * size, width * size + 12 * width)
+    feed_forward = 16 * width + narrowed + (2 if kind == "mlp" else 4) * hidden * size
+    matrix = 2 * heads * num_tokens * size if num_tokens <= SHORT_SEQUENCE else 0
     image = math.prod(config.patch) * config.channels * 4
     return batch * num_tokens * (image + max(attention + matrix, feed_forward))
 
@@ -192,4 +193,4 @@ def _working_bytes(encoder: Encoder, num_patches: int) -> int:
     network = encoder.network
     if not isinstance(network, ViT):
         return 0
-    return pass_bytes(network.config, num_patches + network.num_prefix, network.cls_token.dtype)
+    return pass_bytes(network.config, num_patches + network.num_prefix, getattr(torch, encoder.precision))
