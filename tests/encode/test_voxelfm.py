@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from hilum.encode.encoder import Encoder
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import ViT, make_rotation
 from hilum.encode.volume_contract import VolumeContract
@@ -268,3 +269,7 @@ def test_what_the_layout_cannot_hold(tmp_path):
     model = ViT(ViTConfig(size="nano", patch=(4, 4, 2), image=(8, 8, 8)))
     with pytest.raises(ContractError, match=r"cubic 3D patch, .*rotary positions, norm_eps 1e-05, .* 6·3"):
         write_voxelfm(model, VolumeContract(), tmp_path)
+    model, contract, _ = read_voxelfm(save(tmp_path / "theirs"))
+    Encoder(model, contract, "half", patch=contract.patch, precision="bfloat16")  # makes its weights ready for that
+    with pytest.raises(ContractError, match=r"layout needs weights in float32, LayerScale apart$"):
+        write_voxelfm(model, contract, tmp_path)

@@ -156,13 +156,15 @@ def pass_bytes(config: ViTConfig, num_tokens: int, dtype: torch.dtype, batch: in
     Attention holds the tokens three times in float32 (as they are, laid end to end, normalised), queries, keys and values, and
     either the rotated ones with the result, or the rotated queries with three float32 steps of the keys' rotation. The
     feed-forward part holds the tokens a fourth time, from before attention, and its hidden layer before and after the
-    activation. There is no matrix of all tokens by all tokens, except for short sequences.
+    activation; in half precision its first product, which is summed in float32, needs half as much again. There is no matrix
+    of all tokens by all tokens, except for short sequences.
     """
     width, _, heads, kind, hidden = SIZES[config.size]
     size = dtype.itemsize
     narrowed = width * size if size < 4 else 0  # what enters a branch in half precision
     attention = 12 * width + narrowed + 3 * width * size + max(3 * width * size, width * size + 12 * width)
-    feed_forward = 16 * width + narrowed + (2 if kind == "mlp" else 4) * hidden * size
+    hidden *= 2 if kind == "mlp" else 4  # before and after the activation
+    feed_forward = 16 * width + narrowed + (hidden * 3 if size < 4 else hidden * 4)
     matrix = 2 * heads * num_tokens * size if num_tokens <= SHORT_SEQUENCE else 0
     image = math.prod(config.patch) * config.channels * 4
     return batch * num_tokens * (image + max(attention + matrix, feed_forward))

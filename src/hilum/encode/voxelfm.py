@@ -51,7 +51,7 @@ def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
     if not (folder / "config.yaml").is_file() and (folder / "vitb_3d" / "config.yaml").is_file():
         folder = folder / "vitb_3d"
     settings = _read_settings(folder / "config.yaml")
-    config, contract = _config(settings, folder), _contract(settings, folder)
+    config, contract = _config(settings), _contract(settings)
     path = _checkpoint(folder)
     teacher = _read_teacher(path)
     heads = sorted(name for name in teacher if name.startswith(_HEADS))
@@ -77,8 +77,8 @@ def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
 def write_voxelfm(model: ViT, contract: VolumeContract, folder: Path) -> None:
     """Write an encoder as VoxelFM's public code reads it: config.yaml and checkpoints/model.pth, without heads."""
     config = model.config
-    _check_writable(config, contract)
-    state = {name: tensor.detach().cpu().float().contiguous() for name, tensor in model.state_dict().items()}
+    _check_writable(model, contract)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     _turn_rows(state, config, back=True)
     if not config.num_registers:
         del state["registers"]
@@ -150,7 +150,7 @@ def _read_settings(path: Path) -> _Settings:
     return _Settings(table, path)
 
 
-def _config(settings: _Settings, folder: Path) -> ViTConfig:
+def _config(settings: _Settings) -> ViTConfig:
     def whole(name: str, why: str) -> int:
         return int(settings.number(f"student.{name}", why))
 
@@ -193,7 +193,7 @@ def _image(settings: _Settings, patch: int) -> tuple[int, int, int]:
     return sides[0], sides[1], sides[2]
 
 
-def _contract(settings: _Settings, folder: Path) -> VolumeContract:
+def _contract(settings: _Settings) -> VolumeContract:
     """Upstream reads the constants of the first data set, and so do we."""
     why = (
         "the constants that the network was trained with; take config.yaml from the run or the release of this checkpoint "
@@ -280,13 +280,16 @@ def _ratio(width: int, kind: str, hidden: int) -> float:
     return hidden / width if kind == "mlp" else 1.5 * hidden / width
 
 
-def _check_writable(config: ViTConfig, contract: VolumeContract) -> None:
+def _check_writable(model: ViT, contract: VolumeContract) -> None:
+    config, state = model.config, model.state_dict()
     width, _, heads, _, _ = SIZES[config.size]
+    folded = bool(config.layer_scale) and "blocks.0.ls1.gamma" not in state
     faults = {
         "a cubic 3D patch": len(config.patch) != 3 or len(set(config.patch)) != 1,
         "the patch of its contract": tuple(config.patch) != contract.patch,
         "rotary positions": config.positions != "rotary",
         "one channel": config.channels != 1,
+        "weights in float32, LayerScale apart": folded or any(t.dtype != torch.float32 for t in state.values()),
         f"norm_eps {_NORM_EPS}": config.norm_eps != _NORM_EPS,
         f"a width that is a multiple of 6·{heads}": width % (6 * heads) != 0,
     }
