@@ -69,8 +69,9 @@ def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
     state.setdefault("registers", torch.zeros(1, 0, SIZES[config.size][0]))
     changes = {"query and key rows put in our rotary order": len(transformed), "rotary periods compared with ours": 1}
     weights = account(config, state, origins, tensors, "VoxelFM", path, changes)
-    model = ViT(config)
-    model.load_state_dict(weights.state)
+    with torch.device("meta"):  # nothing is drawn that would be written over
+        model = ViT(config)
+    model.load_state_dict(weights.state, assign=True)
     return model, contract, {**weights.report, "heads": heads}
 
 
