@@ -1,12 +1,17 @@
 """Fixtures for all tests: the real data, where present, and a key."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Sums depend on the number of threads in their last bits: this process and those it starts use one. Set before torch loads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from hilum.archive.privacy import Key
 
@@ -24,3 +29,41 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def key() -> Key:
     return Key(bytes(range(32)))
+
+
+@pytest.fixture
+def write_ct(tmp_path: Path) -> Callable[..., Path]:
+    """Write a CT as a folder of DICOM files, one an index of its first axis, in the order of the array.
+
+    voxels, affine   (Z, Y, X) in HU, and (k, j, i, 1) → LPS mm
+    attributes       what every file has besides, or (None) has not
+    """
+
+    def write(name: str, voxels: np.ndarray, affine: np.ndarray, reverse: bool = False, **attributes: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        slices, rows, columns = affine[:3, :3].T
+        spacing = [float(np.linalg.norm(rows)), float(np.linalg.norm(columns))]
+        for k, pixels in enumerate(voxels):
+            data = Dataset()
+            values = {
+                "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2", "SOPInstanceUID": f"1.2.826.0.1.{k + 1}",
+                "SeriesInstanceUID": "1.2.826.0.1.0.1", "StudyInstanceUID": "1.2.826.0.1.0.2", "PatientID": "P",
+                "Modality": "CT", "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"], "SamplesPerPixel": 1,
+                "Rows": pixels.shape[0], "Columns": pixels.shape[1], "PhotometricInterpretation": "MONOCHROME2",
+                "BitsAllocated": 16, "BitsStored": 16, "HighBit": 15, "PixelRepresentation": 1, "PixelSpacing": spacing,
+                "ImageOrientationPatient": [*(columns / spacing[1]), *(rows / spacing[0])],
+                "ImagePositionPatient": [float(p) for p in affine[:3, 3] + k * slices], "InstanceNumber": k + 1,
+                "RescaleSlope": 1, "RescaleIntercept": 0, "PixelData": pixels.astype("<i2").tobytes(), **attributes,
+            }  # fmt: skip
+            for keyword, value in values.items():
+                if value is not None:
+                    setattr(data, keyword, value)
+            data["PixelData"].VR = "OW"
+            data.file_meta = FileMetaDataset()
+            data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            number = len(voxels) - k if reverse else k
+            data.save_as(folder / f"{number:03d}.dcm", enforce_file_format=True)
+        return folder
+
+    return write

@@ -179,6 +179,7 @@ def test_files_and_functions_are_short():
 # name, or by the class itself.
 SETTINGS = {
     "Contract": {"contract"},
+    "VolumeContract": {"contract"},
     "ViTConfig": {"config", "model"},
     "Sampling": {"sampling"},
     "Intensity": {"intensity"},

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hilum.encode.contract import Contract
 from hilum.encode.shape import ViTConfig
-from hilum.encode.vit import Block, Tokens, ViT
+from hilum.encode.vit import Block, Tokens, ViT, Window
 from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, versions, write_atomic, write_json, write_text
@@ -66,11 +66,14 @@ class Encoder:
         rows, columns = (self.slice_contract.size_px // p for p in self.patch)
         return rows, columns
 
-    def tokens(self, images: Tensor) -> Tokens:
-        """images (B, C, size, size) or (B, C, Z, Y, X), prepared by the contract → tokens, float32, on the CPU."""
-        half = self.precision == "bfloat16"
+    def tokens(self, images: Tensor, window: Window | None = None) -> Tokens:
+        """images (B, C, size, size) or (B, C, Z, Y, X), prepared by the contract → tokens, float32, on the CPU.
+
+        window  the images are this block of larger ones (`hilum.encode.chunks`)
+        """
+        half, place = self.precision == "bfloat16", () if window is None else (window,)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return Tokens(*(part.float().cpu() for part in self.network(images.to(self.device))))
+            return Tokens(*(part.float().cpu() for part in self.network(images.to(self.device), *place)))
 
 
 class PixelNetwork(nn.Module):

@@ -28,6 +28,13 @@ class Tokens(NamedTuple):
     patches: Tensor
 
 
+class Window(NamedTuple):
+    """A block of a larger image: its first patch, and the patches of the whole, along each axis."""
+
+    start: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
 Shapes = Sequence[tuple[int, int]]  # (samples, tokens) of each crop size in a packed (T, D)
 Kept = list[Tensor] | None  # sample numbers of each crop size
 
@@ -155,12 +162,18 @@ def sample_kept(
 
 
 def make_rotation(
-    grid: Sequence[int], head_dim: int, num_prefix: int, device: torch.device, rescale: float = 1.0
+    grid: Sequence[int],
+    head_dim: int,
+    num_prefix: int,
+    device: torch.device,
+    rescale: float = 1.0,
+    window: Window | None = None,
 ) -> Tensor:
     """Cosines and sines that rotate queries and keys by their place in the grid.
 
     grid      patches along each axis
     rescale   factor on all coordinates
+    window    where the grid lies in a larger one, whose coordinates it then has
     returns   (2, num_prefix + N, R): R = the largest multiple of 2·axes within head_dim; prefix tokens are not turned
 
     DINOv3: patch centres in [-1, 1] per axis, periods 100^(2i/(R/axes)), angle 2π·x/period; kept in fp32.
@@ -168,7 +181,11 @@ def make_rotation(
     periods = head_dim // (2 * len(grid))
     i = torch.arange(periods, dtype=torch.float32, device=device)
     period = 100.0 ** (i / periods)
-    lines = [rescale * ((torch.arange(n, dtype=torch.float32, device=device) + 0.5) / n * 2 - 1) for n in grid]
+    starts, wholes = window or ((0,) * len(grid), grid)
+    lines = [
+        rescale * ((torch.arange(start, start + n, dtype=torch.float32, device=device) + 0.5) / whole * 2 - 1)
+        for start, n, whole in zip(starts, grid, wholes)
+    ]
     points = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)  # (N, axes)
     angles = (2 * torch.pi * points[:, :, None] / period).flatten(1).repeat(1, 2)
     angles = functional.pad(angles, (0, 0, num_prefix, 0))
@@ -226,25 +243,30 @@ class ViT(nn.Module):
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, images: Tensor) -> Tokens:
-        """images (B, C, Y, X) or (B, C, Z, Y, X), sides multiples of the patch → tokens of the last layer."""
-        return self.encode_crops([images], [None])[0]
+    def forward(self, images: Tensor, window: Window | None = None) -> Tokens:
+        """images (B, C, Y, X) or (B, C, Z, Y, X), sides multiples of the patch → tokens of the last layer.
+
+        window  the images are this block of larger ones: their patches have the positions that they have there
+        """
+        return self.encode_crops([images], [None], window=window)[0]
 
     def encode_crops(
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None],
         generator: torch.Generator | None = None,
+        window: Window | None = None,
     ) -> list[Tokens]:
         """Encode crops of several sizes in one pass.
 
         crops      one batch a size, (B, C, …)
         masks      for each, None or (B, N) bool: those patches are replaced by the mask token
         generator  CPU generator of what training draws: samples that skip a branch, scale of rotary coordinates
+        window     where all crops lie in larger images
         """
-        embedded = [self._embed(images, mask) for images, mask in zip(crops, masks)]
+        embedded = [self._embed(images, mask, window) for images, mask in zip(crops, masks)]
         xs, grids = [e[0] for e in embedded], [e[1] for e in embedded]
-        rotations = self._rotations(grids, xs[0].device, generator)
+        rotations = self._rotations(grids, xs[0].device, generator, window)
         rate = self.config.drop_path if self.training else 0.0
         kept: Sequence[Kept] = [None] * (2 * len(self.blocks))
         if rate:
@@ -260,16 +282,22 @@ class ViT(nn.Module):
         return out
 
     def _rotations(
-        self, grids: Sequence[tuple[int, ...]], device: torch.device, generator: torch.Generator | None
+        self,
+        grids: Sequence[tuple[int, ...]],
+        device: torch.device,
+        generator: torch.Generator | None,
+        window: Window | None = None,
     ) -> list[Tensor | None]:
         if self.config.positions != "rotary":
             return [None] * len(grids)
         rescale = 1.0
         if self.training and self.config.rope_rescale > 1:
             rescale = self.config.rope_rescale ** (2 * float(torch.rand((), generator=generator)) - 1)
-        return [make_rotation(grid, self.head_dim, self.num_prefix, device, rescale) for grid in grids]
+        return [make_rotation(grid, self.head_dim, self.num_prefix, device, rescale, window) for grid in grids]
 
-    def _embed(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def _embed(
+        self, images: Tensor, mask: Tensor | None, window: Window | None = None
+    ) -> tuple[Tensor, tuple[int, ...]]:
         if any(s % p for s, p in zip(images.shape[2:], self.config.patch)):
             raise UsageError(f"image sides {tuple(images.shape[2:])} are no multiples of the patch {self.config.patch}")
         grid = tuple(s // p for s, p in zip(images.shape[2:], self.config.patch))
@@ -279,7 +307,7 @@ class ViT(nn.Module):
         cls = self.cls_token.expand(x_BND.shape[0], -1, -1)  # len() would fix the batch size in an export
         if self.pos_embed is not None:
             cls = cls + self.pos_embed[:, :1]
-            x_BND = x_BND + self._positions(grid)
+            x_BND = x_BND + self._positions(grid, window)
         registers = self.registers.expand(x_BND.shape[0], -1, -1)
         return torch.cat([cls, registers, x_BND], 1), grid
 
@@ -287,17 +315,24 @@ class ViT(nn.Module):
         """The patch embedding, (B, N, D): a convolution whose kernels do not overlap is a matrix product, which is faster."""
         sides = [number for pair in zip(grid, self.config.patch) for number in pair]
         axes = len(grid)
+        images = images.to(self.patch_embed.weight.dtype)  # a network in bf16 takes images in fp32
         x = images.reshape(*images.shape[:2], *sides)  # (B, C, rows, py, columns, px)
         x = x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)).flatten(1 + axes).flatten(1, axes)
         return functional.linear(x, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
-    def _positions(self, grid: tuple[int, ...]) -> Tensor:
+    def _positions(self, grid: tuple[int, ...], window: Window | None = None) -> Tensor:
         assert self.pos_embed is not None
-        return interpolate_positions(self.pos_embed[:, 1:], self.config, grid)
+        if window is None:
+            return interpolate_positions(self.pos_embed[:, 1:], self.config, grid)
+        table = interpolate_positions(self.pos_embed[:, 1:], self.config, window.whole)
+        table = table.view(*window.whole, -1)
+        for axis, (start, n) in enumerate(zip(window.start, grid)):
+            table = table.narrow(axis, start, n)
+        return table.flatten(0, -2)[None]
 
 
 def interpolate_positions(table: Tensor, config: ViTConfig, grid: Sequence[int]) -> Tensor:
-    """Learned positions on another grid: bicubic in 2D as transformers' DINOv2, trilinear in 3D; fp32.
+    """Learned positions on another grid: bicubic in 2D as transformers' DINOv2, trilinear in 3D, computed in fp32.
 
     table    (1, N, D) of the patches of `config.grid`
     returns  (1, N', D) of the patches of `grid`
@@ -307,4 +342,4 @@ def interpolate_positions(table: Tensor, config: ViTConfig, grid: Sequence[int])
     maps = table.float().transpose(1, 2).reshape(1, table.shape[2], *config.grid)
     mode = "bicubic" if len(grid) == 2 else "trilinear"
     maps = functional.interpolate(maps, tuple(grid), mode=mode, align_corners=False, antialias=config.antialias)
-    return maps.flatten(2).transpose(1, 2)
+    return maps.flatten(2).transpose(1, 2).to(table.dtype)

@@ -3,11 +3,25 @@
 Every step keeps the affine, so that a patch token always knows where in the patient it is.
 """
 
+from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from hilum.archive.judge.hounsfield import check_hounsfield
+from hilum.errors import ContractError
 from hilum.records import hash_json
 from hilum.settings import to_dict
+from hilum.volume import FloatArray, Volume, orient
+
+BODY_HU = -800.0  # what lies above is patient or table
+MAX_SHEAR_DEG = 0.5
+_SAME = 1e-4  # relative difference of spacings that are one: direction cosines are rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +32,7 @@ class VolumeContract:
     modalities         what it may be shown
     orientation        patient directions of (Z, Y, X)
     clip_hu            values are cut to this range
-    crop_background    cut to the box of what is above −800 HU (a box filter of `background_px` voxels); 0 leaves it out
+    background_px      cut to the box of what is above −800 HU (a box filter of this many voxels); 0 leaves it out
     min_spacing_mm     isotropic at the smallest spacing of the scan, but not finer than this
     max_patches        a volume of more is made smaller
     patch              voxels of a patch along (Z, Y, X); what is over is cut evenly from both ends
@@ -37,6 +51,207 @@ class VolumeContract:
     std: float = 461.3
     pooling: Literal["class", "mean", "class+mean"] = "class"
 
+    def __post_init__(self) -> None:
+        """A contract that asks for what this version cannot do is refused, never bent."""
+        low, high = self.clip_hu
+        if not low < BODY_HU < high:
+            raise ContractError(f"clip_hu {self.clip_hu} must hold {BODY_HU:g} HU, where the background ends")
+        if self.background_px and self.background_px % 2 == 0:
+            raise ContractError(f"background_px is {self.background_px}; expected an odd number of voxels, or 0")
+        if min(self.patch) < 1 or self.max_patches < 1 or self.std <= 0 or self.min_spacing_mm <= 0:
+            raise ContractError("patch, max_patches, std and min_spacing_mm must be above 0")
+
     @property
     def hash(self) -> str:
         return hash_json(to_dict(self))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedVolume:
+    """A scan as a volume encoder wants it.
+
+    image   (1, Z, Y, X) float32 without unit; sides are multiples of the patch
+    affine  4×4, index (k, j, i, 1) of a patch → LPS millimetres of its centre
+    grid    patches along (Z, Y, X)
+    notes   what was converted, in words
+    """
+
+    image: Tensor
+    affine: FloatArray
+    grid: tuple[int, int, int]
+    notes: tuple[str, ...]
+
+
+def prepare_volume(vol: Volume, contract: VolumeContract) -> PreparedVolume:
+    """One scan as the encoder wants it. ContractError when it breaks the contract, and says how."""
+    affine = check_volume(vol, contract)
+    notes = []
+    if vol.orientation != contract.orientation:
+        notes.append(f"axes turned from {vol.orientation} to {contract.orientation}")
+        vol = orient(vol, contract.orientation)
+        assert vol.affine is not None
+        affine = vol.affine
+    return fit_volume(vol.voxels, affine, contract, notes)
+
+
+def check_volume(vol: Volume, contract: VolumeContract) -> FloatArray:
+    """The affine of a scan that the encoder may be shown; ContractError for any other."""
+    if vol.modality not in contract.modalities:
+        raise ContractError(
+            f"modality {vol.modality} is not in the contract; expected {' or '.join(contract.modalities)}"
+        )
+    if vol.kind != "intensity":
+        raise ContractError("the encoder takes intensities; found a label map")
+    if vol.unit != "HU":
+        raise ContractError(f"CT comes in HU; found unit '{vol.unit}'")
+    if vol.affine is None:
+        raise ContractError("the encoder needs the geometry of the scan, and this one has none")
+    if vol.shear_deg > MAX_SHEAR_DEG:
+        raise ContractError(
+            f"the axes are sheared by {vol.shear_deg:.1f}° (gantry tilt); expected right angles: prepare the scan with "
+            "--resample tilt"
+        )
+    if vol.voxels.dtype.kind == "f" and not np.isfinite(vol.voxels).all():
+        raise ContractError("the scan holds NaN or infinite values; expected finite numbers")
+    check_range(float(vol.voxels.min()), float(vol.voxels.max()))
+    check = check_hounsfield(vol.voxels)
+    if check.verdict == "not_hu":
+        raise ContractError(f"the values are not HU: {check.numbers()}")
+    return vol.affine
+
+
+def check_range(low: float, high: float) -> None:
+    """ContractError when a range cannot be HU of a scan: VoxelFM's own check (minimum below 800, maximum above −100)."""
+    if low >= 800 or high <= -100:
+        raise ContractError(
+            f"values from {low:g} to {high:g} are no HU of a patient; expected air or tissue, and both in HU"
+        )
+
+
+def fit_volume(
+    voxels: NDArray[Any], affine: FloatArray, contract: VolumeContract, notes: list[str], same: float = _SAME
+) -> PreparedVolume:
+    """All steps after the orientation.
+
+    voxels  (Z, Y, X) in HU
+    affine  (k, j, i, 1) → millimetres; its column norms are the spacing
+    notes   what was done before; what is done here is added
+    same    spacings that differ by no more than this share are one; 0 as VoxelFM's code
+    """
+    if contract.background_px:
+        box = body_box(voxels, contract.background_px)
+        if any(s.stop - s.start < n for s, n in zip(box, voxels.shape)):
+            shape = "×".join(str(s.stop - s.start) for s in box)
+            notes.append(f"background cut away: {shape} of {'×'.join(map(str, voxels.shape))} voxels left")
+        voxels, affine = voxels[box], _shift(affine, [s.start for s in box])
+    image = torch.from_numpy(np.array(voxels, np.float32, order="C")).clamp_(*contract.clip_hu)
+    image, affine = _resize(
+        image, affine, isotropic_shape(image.shape, affine, contract, same), notes, "made isotropic"
+    )
+    smaller = budget_shape(image.shape, contract)
+    image, affine = _resize(image, affine, smaller, notes, f"kept within {contract.max_patches:,} patches")
+    grid = tuple(n // p for n, p in zip(image.shape, contract.patch))
+    if 0 in grid:
+        raise ContractError(
+            f"the scan has {'×'.join(map(str, image.shape))} voxels of {_spacing(affine)} mm; expected at least one patch of "
+            f"{'×'.join(map(str, contract.patch))}"
+        )
+    start = [(n % p) // 2 for n, p in zip(image.shape, contract.patch)]
+    image = image[tuple(slice(s, s + g * p) for s, g, p in zip(start, grid, contract.patch))]
+    affine = _shift(affine, start)
+    token_affine = _shift(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
+    token_affine[:3, :3] *= contract.patch
+    image = (image - contract.mean).div_(contract.std)
+    return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
+
+
+def body_box(voxels: NDArray[Any], side: int) -> tuple[slice, slice, slice]:
+    """Where the patient is: the box around all voxels in whose neighbourhood more than half is above −800 HU, and half a
+    neighbourhood more on every side. The neighbourhood is a cube of `side` voxels; outside the scan is air.
+
+    Counts are sums of whole numbers, one axis at a time, slice by slice: exact, and `side` slices in memory.
+    """
+    reach, least = side // 2, side**3 / 2
+    total = np.zeros(voxels.shape[1:], np.int32)
+    window: deque[NDArray[np.int32]] = deque()
+    along_z = np.zeros(len(voxels), bool)
+    in_plane = np.zeros(voxels.shape[1:], bool)
+    for k in range(len(voxels) + reach):
+        if k < len(voxels):
+            window.append(_box_sum(voxels[k] > BODY_HU, side))
+            total += window[-1]
+        if k - side >= 0:
+            total -= window.popleft()
+        if k >= reach:  # `total` now is of the neighbourhood of slice k − reach
+            kept = total > least
+            along_z[k - reach] = kept.any()
+            in_plane |= kept
+    if not along_z.any():
+        thin = f" (a scan of {len(voxels)} slices cannot fill it)" if min(len(voxels), side) * side**2 <= least else ""
+        raise ContractError(f"nothing but air: no cube of {side} voxels is more than half above {BODY_HU:g} HU{thin}")
+    places = (np.flatnonzero(along_z), *np.nonzero(in_plane))
+    z, y, x = (
+        slice(max(int(at.min()) - reach, 0), min(int(at.max()) + reach + 1, n)) for at, n in zip(places, voxels.shape)
+    )
+    return z, y, x
+
+
+def _box_sum(mask: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
+    """How many of the side × side pixels around each pixel are set; outside are none."""
+    counts = mask.astype(np.int32)
+    for axis in (0, 1):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (side // 2 + 1, side // 2)
+        sums = np.pad(counts, pad).cumsum(axis, dtype=np.int32)
+        upper, lower = (slice(side, None), slice(None)), (slice(None, -side), slice(None))
+        counts = sums[upper if axis == 0 else upper[::-1]] - sums[lower if axis == 0 else lower[::-1]]
+    return counts
+
+
+def isotropic_shape(shape: Any, affine: FloatArray, contract: VolumeContract, same: float = _SAME) -> tuple[int, ...]:
+    """round(N·s/t) along each axis with t = max(smallest spacing, min_spacing_mm); equal spacings stay as they are."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.max() - spacing.min() <= same * spacing.min():
+        return tuple(shape)
+    target = max(float(spacing.min()), contract.min_spacing_mm)
+    return tuple(max(round(n * float(s) / target), 1) for n, s in zip(shape, spacing))
+
+
+def budget_shape(shape: Any, contract: VolumeContract) -> tuple[int, ...]:
+    """The shape of at most `max_patches` patches. Of five factors around f = ∛(budget / patches) the one that keeps most
+    patches (the smallest of equals), and 0.95 f when none is small enough; sides are int(N·factor)."""
+
+    def num_patches(sides: Any) -> int:
+        return int(np.prod([n // p for n, p in zip(sides, contract.patch)]))
+
+    if num_patches(shape) <= contract.max_patches:
+        return tuple(shape)
+    f = (contract.max_patches / num_patches(shape)) ** (1 / 3)
+    tried = [tuple(int(n * (f * share)) for n in shape) for share in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    fitting = [sides for sides in tried if num_patches(sides) <= contract.max_patches]
+    return max(fitting, key=num_patches) if fitting else tuple(int(n * (f * 0.95)) for n in shape)
+
+
+def _resize(
+    image: Tensor, affine: FloatArray, shape: tuple[int, ...], notes: list[str], why: str
+) -> tuple[Tensor, FloatArray]:
+    """Trilinear, half-pixel centres: voxel i of the result lies at (i + ½)·N/N' − ½ of the image."""
+    if tuple(image.shape) == shape or 0 in shape:
+        return image, affine
+    ratio = np.array(image.shape) / np.array(shape)
+    image = functional.interpolate(image[None, None], shape, mode="trilinear", align_corners=False)[0, 0]
+    old, affine = affine, _shift(affine, (ratio - 1) / 2)
+    affine[:3, :3] *= ratio
+    notes.append(f"{why}: from {_spacing(old)} mm to {_spacing(affine)} mm")
+    return image, affine
+
+
+def _shift(affine: FloatArray, start: Any) -> FloatArray:
+    """The affine of a grid whose first voxel is at index `start` of another."""
+    out = affine.copy()
+    out[:3, 3] += affine[:3, :3] @ np.asarray(start, float)
+    return out
+
+
+def _spacing(affine: FloatArray) -> str:
+    return "×".join(f"{s:.4g}" for s in np.linalg.norm(affine[:3, :3], axis=0))
