@@ -106,7 +106,7 @@ def translate_dinov2(tensors: dict[str, Tensor], where: Path) -> Weights:
 
 
 def build(network: Callable[[Any], T], config: Any, state: Mapping[str, Tensor]) -> T:
-    """`network(config)` with copies of these tensors as its parameters (theirs may lie in a mapped file); none is drawn first."""
+    """`network(config)` with copies of these tensors as its parameters (theirs may lie in a mapped file)."""
     with torch.device("meta"):
         made = network(config)
     made.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
