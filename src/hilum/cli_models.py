@@ -200,7 +200,9 @@ def doctor(
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="hf (as transformers saves it), onnx or torch-export.")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf (as transformers saves it), onnx, torch-export; volumes: voxelfm.")
+    ] = "hf",
     as_json: Json = False,
 ) -> None:
     """Write an encoder in a form that others load, compared with the original on a phantom before it counts as written."""

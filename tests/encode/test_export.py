@@ -15,10 +15,11 @@ from hilum.encode import export as module
 from hilum.encode.contract import Contract
 from hilum.encode.curia import curia_contract, read_curia
 from hilum.encode.encoder import Encoder, read_encoder, write_encoder
-from hilum.encode.export import export, phantom_slices
+from hilum.encode.export import export, phantom_images
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.weights import read_weights
+from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, UsageError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -134,13 +135,13 @@ def test_torch_runs_it(encoder, tmp_path):
 
 def test_the_check_sees_scans(tmp_path):
     """Prepared slices of the phantom: of CT and MR, with content, no two alike."""
-    images = phantom_slices(curia_contract({"crop_size": 64}, statistics="volume"))
+    images = phantom_images(curia_contract({"crop_size": 64}, statistics="volume"))
     assert images.shape == (4, 1, 64, 64)
     assert (images.std((1, 2, 3)) > 0.5).all()
     assert len(torch.unique(images.mean((1, 2, 3)))) == 4
-    assert phantom_slices(Contract(size_px=64, modalities=("MR",))).shape == (2, 1, 64, 64)
+    assert phantom_images(Contract(size_px=64, modalities=("MR",))).shape == (2, 1, 64, 64)
     with pytest.raises(ContractError, match="the check needs CT or MR"):
-        phantom_slices(Contract(modalities=("OT",)))
+        phantom_images(Contract(modalities=("OT",)))
 
 
 @pytest.mark.parametrize("fault", [1e-3, float("nan")])
@@ -176,24 +177,21 @@ def test_weights_that_do_not_arrive_are_noticed(tmp_path, monkeypatch):
 
 def test_what_cannot_be_exported(tmp_path, monkeypatch):
     save(tmp_path / "model", *CASES["Curia's form"])
-    with pytest.raises(UsageError, match="form 'tflite' is unknown; expected hf, onnx, torch-export"):
+    with pytest.raises(UsageError, match="form 'tflite' is unknown; expected hf, onnx, torch-export, voxelfm"):
         export(tmp_path / "model", tmp_path / "out", "tflite")
     with pytest.raises(UsageError, match="exists; give a new folder"):
         export(tmp_path / "model", tmp_path)
     with pytest.raises(UsageError, match="pixels is no vision transformer of ours"):
         export("pixels", tmp_path / "out")
-    torch.manual_seed(0)
-    volume = ViT(ViTConfig(size="nano", patch=(4, 8, 8), image=(8, 16, 16)))
-    write_encoder(tmp_path / "volume", volume, VolumeContract(), {})
-    with pytest.raises(UsageError, match="encodes volumes; only encoders of slices"):
-        export(tmp_path / "volume", tmp_path / "out")
+    with pytest.raises(UsageError, match="encodes slices, which voxelfm has no form for"):
+        export(tmp_path / "model", tmp_path / "out", "voxelfm")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
     with pytest.raises(
         UsageError, match=re.escape("onnx needs onnx, onnxscript, onnxruntime: pip install 'hilum[onnx]'")
     ):
         export(tmp_path / "model", tmp_path / "out", "onnx")
-    assert sorted(os.listdir(tmp_path)) == ["model", "volume"]
+    assert sorted(os.listdir(tmp_path)) == ["model"]
 
 
 def test_the_settings_are_those_that_curias_users_load(tmp_path):
@@ -207,3 +205,18 @@ def test_the_settings_are_those_that_curias_users_load(tmp_path):
     assert (repository, name) == ("raidium/curia-2", "curia_image_processor.CuriaImageProcessor")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_channels"], config["architectures"]) == ("dinov2", 1, ["Dinov2Model"])
+
+
+def test_an_encoder_of_volumes_goes_out_as_voxelfm(tmp_path):
+    torch.manual_seed(0)
+    network = ViT(ViTConfig(size="48x2x4-mlp192", patch=(14,) * 3, image=(56,) * 3, positions="rotary",
+                            num_registers=4, norm_eps=1e-5))  # fmt: skip
+    write_encoder(tmp_path / "volume", network, VolumeContract(), {})
+    with pytest.raises(UsageError, match="encodes volumes, which hf has no form for"):
+        export(tmp_path / "volume", tmp_path / "out")
+    told = export(tmp_path / "volume", tmp_path / "out", "voxelfm")
+    assert told["max_difference"] < 1e-6
+    assert set(told["files"]) == {"checkpoints/model.pth", "config.yaml", "contract.json"}
+    x = torch.randn(1, 1, 28, 42, 56)
+    for a, b in zip(load_encoder(str(tmp_path / "out")).tokens(x), load_encoder(str(tmp_path / "volume")).tokens(x)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)

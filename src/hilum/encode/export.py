@@ -1,12 +1,13 @@
-"""Encoders of slices for other programs: transformers, ONNX, torch.export. Nothing counts as written before it was loaded
-again and gave the tokens of the original on slices of the phantom.
+"""Encoders for other programs: transformers, ONNX, torch.export, VoxelFM's code. Nothing counts as written before it was
+loaded again and gave the tokens of the original on the phantom.
 
     hf            config.json, model.safetensors as `AutoModel.from_pretrained` takes them; preprocessor_config.json where
                   Curia's processor does what the contract says (no other processor of transformers can)
     onnx          model.onnx and model.onnx.data (the weights), any batch size, slices of the contract's size
     torch-export  model.pt2 of `torch.export`, the same
+    voxelfm       an encoder of volumes: config.yaml and checkpoints/model.pth, as VoxelFM's code reads them
 
-contract.json lies beside in all three.
+contract.json lies beside in all of them.
 """
 
 import hashlib
@@ -27,9 +28,12 @@ from torch import Tensor, nn
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.encode.contract import Contract, prepare_slice, volume_statistics
 from hilum.encode.curia import write_curia_settings
-from hilum.encode.encoder import Encoder
+from hilum.encode.encoder import AnyContract, Encoder
+from hilum.encode.golden import phantom_scans
 from hilum.encode.layouts import transformers_config, transformers_kind, write_layout
 from hilum.encode.vit import ViT, interpolate_positions
+from hilum.encode.volume_contract import VolumeContract, prepare_volume
+from hilum.encode.voxelfm import read_voxelfm, write_voxelfm
 from hilum.encode.weights import read_weights
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, UsageError
@@ -60,11 +64,12 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{to} needs {', '.join(missing)}: pip install 'hilum[onnx]'")
     encoder = load_encoder(str(model))
-    if not isinstance(encoder.contract, Contract):
-        raise UsageError(f"{encoder.name} encodes volumes; only encoders of slices can be exported so far")
+    if isinstance(encoder.contract, Contract) == (to == "voxelfm"):
+        raise UsageError(f"{encoder.name} encodes {'slices' if to == 'voxelfm' else 'volumes'}, which {to} has no form for; "
+                         "expected voxelfm for volumes, another form for slices")  # fmt: skip
     if encoder.precision != "float32":  # its weights are rounded and its LayerScale folded away
         raise UsageError(f"{encoder.name} was loaded in {encoder.precision}; an export is made of float32 weights")
-    images = phantom_slices(encoder.contract)
+    images = phantom_images(encoder.contract)
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with explain_full_disk(out):
         try:
@@ -77,7 +82,9 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
                     f"original; expected at most {tolerance:.0e}. Nothing was written"
                 )
             write_json(folder / "contract.json", to_dict(encoder.contract))
-            files = {path.name: _hash(path) for path in sorted(folder.iterdir())}
+            files = {
+                path.relative_to(folder).as_posix(): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()
+            }
             os.replace(folder, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -90,8 +97,11 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
     }
 
 
-def phantom_slices(contract: Contract) -> Tensor:
-    """Two slices of each of the phantom's CT and MR that the encoder may be shown, prepared: (2 or 4, channels, Y, X)."""
+def phantom_images(contract: AnyContract) -> Tensor:
+    """Two slices of each of the phantom's CT and MR that the encoder may be shown, prepared: (2 or 4, channels, Y, X). For an
+    encoder of volumes the CT, (1, 1, Z, Y, X)."""
+    if not isinstance(contract, Contract):
+        return prepare_volume(phantom_scans()["CT"], contract).image[None]
     anatomy = make_anatomy(sample_patient(0), num_slices=4, matrix=128)
     images = []
     for scan in (scan_ct(anatomy), scan_mr(anatomy)):
@@ -181,10 +191,20 @@ def _write_torch(encoder: Encoder, folder: Path, images: Tensor) -> Loaded:
     return f"torch {torch.__version__}", lambda images: in_sequence(again(images))
 
 
+def _write_voxelfm(encoder: Encoder, folder: Path, images: Tensor) -> Loaded:
+    """As VoxelFM's public code reads it, loaded again with our reader of that layout."""
+    assert isinstance(encoder.network, ViT)
+    assert isinstance(encoder.contract, VolumeContract)
+    write_voxelfm(encoder.network, encoder.contract, folder)
+    again, _, _ = read_voxelfm(folder)
+    return "hilum", lambda images: in_sequence(again.eval()(images))
+
+
 FORMS: dict[str, tuple[Callable[[Encoder, Path, Tensor], Loaded], float, tuple[str, ...]]] = {
     "hf": (_write_hf, 1e-5, ()),
     "onnx": (_write_onnx, 1e-4, ("onnx", "onnxscript", "onnxruntime")),
     "torch-export": (_write_torch, 1e-4, ()),
+    "voxelfm": (_write_voxelfm, 1e-5, ()),
 }
 
 

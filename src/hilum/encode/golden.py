@@ -49,7 +49,7 @@ def golden_features(encoder: Encoder, quick: bool = False) -> dict[str, NDArray[
         if modality not in encoder.contract.modalities or (quick and found):
             continue
         if not isinstance(encoder.contract, Contract):
-            prepared = volume_contract.prepare_volume(volume, encoder.contract)  # type: ignore[attr-defined, unused-ignore]
+            prepared = volume_contract.prepare_volume(volume, encoder.contract)
             found[f"{modality} volume"] = _vector(encoder, prepared.image[None])
             continue
         contract, unit = encoder.contract, volume.unit
