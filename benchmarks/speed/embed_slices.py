@@ -13,7 +13,8 @@ from measure import print_lines, take_turns
 
 from hilum.encode.contract import Contract, prepare_slice
 from hilum.encode.encoder import Encoder
-from hilum.encode.features import Scan, feature_rows
+from hilum.encode.features import How, Scan
+from hilum.encode.rows import feature_rows
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.volume import Volume
 
@@ -41,7 +42,7 @@ def main() -> None:
             encoder.tokens(part)
 
     def whole() -> None:
-        list(feature_rows(encoder, [scan], "slice", None, 32))
+        list(feature_rows(encoder, [scan], How(), 32, num_threads=2, weights=""))
 
     for warm_up in (encode, whole):
         warm_up()

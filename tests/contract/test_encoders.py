@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.encoder import Encoder, pixel_encoder, pool
+from hilum.encode.encoder import Encoder, pixel_encoder
+from hilum.encode.pooling import pool
 from hilum.encode.vit import ViT, ViTConfig
 
 
