@@ -95,7 +95,9 @@ def _instances(address: Address) -> Iterator[Any]:
 def _client(address: Address) -> Any:
     from dicomweb_client.web import DICOMwebClient
 
-    return DICOMwebClient(address.base, timeout=TIMEOUT_S)
+    client = DICOMwebClient(address.base, timeout=TIMEOUT_S)
+    client.set_http_retry_params(max_attempts=3)
+    return client
 
 
 class _Explained:
