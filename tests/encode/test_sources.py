@@ -253,7 +253,7 @@ def test_what_a_server_can_do_wrong(serve, tmp_path, key):
         with pytest.raises(InputError, match=message) as error:
             run(address, tmp_path / "f.parquet", key)
         assert server.study not in str(error.value)
-    with pytest.raises(InputError, match="127.0.0.1 cannot be reached"):
+    with pytest.raises(InputError, match=r"127\.0\.0\.1 cannot be reached"):
         run("http://127.0.0.1:9/studies/1.2.3", tmp_path / "f.parquet", key)
     assert not (tmp_path / "f.parquet").exists()
 
@@ -276,7 +276,7 @@ def test_read_gives_one_scan(phantom, ct_folder, key, monkeypatch, tmp_path):
     slice_alone = hilum.read(next(ct_folder.iterdir()))
     assert (whole.modality, whole.unit, whole.shape[0]) == ("CT", "HU", 8)
     np.testing.assert_array_equal(whole.voxels, slice_alone.voxels)
-    with pytest.raises(InputError, match="holds 2 scans: .*choose one with series=") as error:
+    with pytest.raises(InputError, match=r"holds 2 scans: .*choose one with series=") as error:
         hilum.read(phantom / "scans")
     first = str(error.value).partition("scans: ")[2][:16]
     assert hilum.read(phantom / "scans", series=first[:6]).shape[0] == 8

@@ -165,6 +165,7 @@ def _about(encoder: Encoder, how: How, weights: str, patches: bool, key: Key) ->
         "model": encoder.name,
         "contract": encoder.contract.hash,
         "weights": weights,
+        "precision": encoder.precision,
         "patches": patches,
         "key": key.fingerprint,
         "hilum": version("hilum"),

@@ -87,7 +87,8 @@ class Encoder:
         choose: Any = getattr(self.network, "layers", None)
         if choose is None:
             raise UsageError(f"{self.name} has no layers to choose from; expected last")
-        with torch.inference_mode():
+        half = self.precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             found = choose(images.to(self.device), numbers)
             return [Tokens(*(part.float().cpu() for part in tokens)) for tokens in found]
 

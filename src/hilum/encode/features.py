@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -331,9 +332,9 @@ def _encode_batch(encoder: Encoder, batch: list[Prepared], how: How, keep: Keep)
 
 def _encode_volume(
     encoder: Encoder, item: AnyItem, prepared: Any, how: How, keep: Keep
-) -> tuple[Any, list[Part]] | HilumError:
+) -> tuple[Any, tuple[str, ...], list[Part]] | HilumError:
     """One prepared volume and its parts: itself, or its regions."""
-    found = encoder.layers(prepared.image[None], how.layers)
+    found, notes = _volume_tokens(encoder, prepared, how.layers)
     pooling = how.pooling or encoder.contract.pooling
     cls = torch.cat([tokens.cls for tokens in found], -1)[0].numpy()
     patches = _kept(torch.cat([tokens.patches for tokens in found], -1)[0].numpy(), keep) if keep else None
@@ -351,7 +352,7 @@ def _encode_volume(
         ]
     if not all(np.isfinite(part.vector).all() for part in parts):
         return _damaged()
-    return prepared, parts
+    return prepared, notes, parts
 
 
 def _kept(patches: NDArray[np.float32], keep: Keep) -> NDArray[Any]:
@@ -375,14 +376,26 @@ def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Enc
         return Encoded(scan, reason=scan.reason or _reason(broken))
     notes = notes_of(scan.image, encoder.contract)
     if isinstance(pairs[0][0], Whole3D):
-        prepared, parts = pairs[0][1]
-        return Encoded(scan, parts, tuple(prepared.grid), prepared.affine, (*notes, *prepared.notes))
+        prepared, more, parts = pairs[0][1]
+        notes = tuple(dict.fromkeys((*notes, *prepared.notes, *more)))
+        return Encoded(scan, parts, tuple(prepared.grid), prepared.affine, notes)
     return Encoded(scan, [found for _, found in pairs], encoder.grid, None, notes)
 
 
 def notes_of(vol: Volume, contract: object) -> tuple[str, ...]:
     """What the contract does to this scan beside what it does to every scan."""
-    return ()
+    if not find_spec("hilum.encode.describe"):
+        return ()
+    notes: tuple[str, ...] = importlib.import_module("hilum.encode.describe").notes_of(vol, contract)
+    return notes
+
+
+def _volume_tokens(encoder: Encoder, prepared: Any, layers: tuple[int, ...]) -> tuple[list[Tokens], tuple[str, ...]]:
+    """Tokens of a prepared volume, in blocks where memory does not hold it at once, and what was done then."""
+    if layers != LAST or not find_spec("hilum.encode.chunks"):
+        return encoder.layers(prepared.image[None], layers), ()
+    tokens, notes = importlib.import_module("hilum.encode.chunks").encode_prepared(encoder, prepared)
+    return [tokens], notes
 
 
 def _reason(broken: HilumError) -> str:
