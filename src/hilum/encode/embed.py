@@ -19,7 +19,7 @@ from hilum.archive.reasons import REASONS
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
-from hilum.encode.features import How, Scan
+from hilum.encode.items import How, Scan
 from hilum.encode.outputs import convert, form_of, table_path
 from hilum.encode.resume import (
     Past,

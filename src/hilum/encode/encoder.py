@@ -112,7 +112,8 @@ class Encoder:
         patches  return the patch tokens, too: 3 MB a slice for a ViT-B at 512
         others   `hilum.encode.features.How`
         """
-        from hilum.encode.features import How, encode_volume
+        from hilum.encode.features import encode_volume
+        from hilum.encode.items import How
 
         how = How(level=level, pooling=pooling, across=across, layers=tuple(layers), max_slices=max_slices)
         keep = np.float32 if patches else None

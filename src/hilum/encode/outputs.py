@@ -23,7 +23,8 @@ from hilum.archive.privacy import Key, read_key
 from hilum.archive.reasons import REASONS
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
-from hilum.encode.features import How, encode_volume
+from hilum.encode.features import encode_volume
+from hilum.encode.items import How
 from hilum.encode.sources import Series, content_of, open_source, place_masks, stem_of
 from hilum.errors import ContractError, InputError, ScanRefused, UsageError
 from hilum.records import hash_json, versions, write_atomic, write_table

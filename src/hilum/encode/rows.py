@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from hilum.encode.encoder import Encoder
-from hilum.encode.features import Encoded, How, encode_scans, save_patches, vectors_of
+from hilum.encode.features import Encoded, encode_scans, save_patches, vectors_of
+from hilum.encode.items import How
 
 _TEXT = ("item", "patient", "study", "series", "modality", "level")
 
