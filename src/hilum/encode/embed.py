@@ -15,12 +15,11 @@ import torch
 
 from hilum.archive.locks import hold
 from hilum.archive.privacy import Key, read_key
-from hilum.archive.reasons import REASONS
 from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.items import How, Scan
-from hilum.encode.outputs import convert, form_of, table_path
+from hilum.encode.outputs import convert, form_of, is_aside, table_path, write_y_hat
 from hilum.encode.resume import (
     Past,
     Places,
@@ -111,9 +110,16 @@ def embed(
     num_workers = num_workers or min(default_num_workers(), MOST_READERS)
     masks = Path(masks) if masks is not None else None
     if form == "y_hat":
-        from hilum.encode.outputs import write_y_hat
-
-        return write_y_hat(source, out, encoder, masks=masks, batch_size=batch_size, key=key, progress=progress)
+        return write_y_hat(
+            source,
+            out,
+            encoder,
+            masks=masks,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            key=key,
+            progress=progress,
+        )
     places = Places(table_path(out, form))
     weights = encoder.weights_hash
     about = _about(encoder, how, weights, patches, key)
@@ -330,9 +336,8 @@ def _report(places: Places, num_encoded: int) -> dict[str, Any]:
     aside = Counter(metadata["set_aside"])
     left_out = []
     for row in bad:
-        code = row["reason"].partition(":")[0]
-        if code in REASONS and not REASONS[code].fault:
-            aside[code] += 1
+        if is_aside(row["reason"]):
+            aside[row["reason"].partition(":")[0]] += 1
         else:
             left_out.append(row)
     return {

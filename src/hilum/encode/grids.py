@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hilum.encode.contract import Contract
-from hilum.errors import ContractError
-from hilum.volume import FloatArray, Volume, apart_mm
+from hilum.volume import FloatArray, Volume
 
 
 def chosen_slices(num_slices: int, max_slices: int | None) -> list[int]:
@@ -89,13 +88,3 @@ def volume_region_weights(labels: Volume, token_affine: FloatArray, grid: tuple[
         int(one): torch.from_numpy(np.bincount(number[label == one], minlength=size).astype(np.float32))
         for one in np.unique(label)
     }
-
-
-def check_same_grid(vol: Volume, mask: Volume) -> None:
-    """A mask must lie on its scan's grid. ContractError else: it is never resampled silently."""
-    if vol.shape != mask.shape:
-        raise ContractError(f"the mask has shape {mask.shape}, its scan {vol.shape}; expected the same grid")
-    if vol.affine is not None and mask.affine is not None:
-        apart = apart_mm(vol, mask)
-        if apart > 0.5 * min(vol.spacing_mm):
-            raise ContractError(f"mask and scan lie {apart:.1f} mm apart; expected the same grid")

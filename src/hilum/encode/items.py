@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hilum.encode.contract import Contract, Statistics, check_kind, prepare_slice, volume_statistics
 from hilum.encode.encoder import Encoder
-from hilum.encode.grids import check_same_grid, chosen_slices, largest_slices, region_weights
+from hilum.encode.grids import chosen_slices, largest_slices, region_weights
 from hilum.encode.pooling import ACROSS, POOLINGS
+from hilum.encode.regions import check_same_grid
 from hilum.errors import ContractError, UsageError
 from hilum.volume import Volume
 

@@ -5,9 +5,10 @@ input file: by definition it repeats whatever the name says about the patient. U
 """
 
 import csv
-import importlib
 import os
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hilum.archive.labels import read_labels
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.reasons import REASONS
+from hilum.archive.workers import Crashed, run
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.features import encode_volume
 from hilum.encode.items import How
-from hilum.encode.sources import Series, content_of, open_source, place_masks, stem_of
-from hilum.errors import ContractError, InputError, ScanRefused, UsageError
+from hilum.encode.regions import competition_vector
+from hilum.encode.sources import Loaded, Series, content_of, load, open_source, place_masks, stem_of
+from hilum.errors import ContractError, HilumError, InputError, UsageError
 from hilum.records import hash_json, versions, write_atomic, write_table
 from hilum.terminal import Progress
+from hilum.volume import Volume
 
 FORMS = ("parquet", "csv", "npz", "y_hat")
 
@@ -96,51 +99,75 @@ def write_y_hat(
     *,
     masks: Path | None,
     batch_size: int,
+    num_workers: int,
     key: Key,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The container form: `out`/NAME.h5 for each scan; a file that was made from the same scan, mask and model stays.
 
-    masks  a folder of masks named as their scans; None: $MASKS_DIR, where it is set. A scan without a mask is encoded whole
+    masks    a folder of masks named as their scans; None: $MASKS_DIR, where it is set. A scan without a mask is encoded whole
+    returns  as `hilum.encode.embed.embed`
     """
     given = os.environ.get("MASKS_DIR")
     masks = masks or (Path(given) if given else None)
     if masks is not None and not masks.exists():
         raise UsageError(f"the folder of masks {masks} is missing; check --masks or MASKS_DIR")
-    settings = hash_json([encoder.name, encoder.contract.hash, encoder.weights_hash])
-    report: dict[str, Any] = {"num_rows": 0, "num_scans": 0, "num_encoded": 0, "set_aside": {}, "left_out": []}
+    settings = hash_json([encoder.name, encoder.contract.hash, encoder.weights_hash, encoder.precision])
     with open_source(source, key) as opened:
         found = opened.list(progress)
         place_masks(found, masks, key, opened.label, required=False)
         _check_names(found.series)
-        report["set_aside"] = dict(found.set_aside)
-        for done, series in enumerate(sorted(found.series, key=lambda s: s.name), 1):
-            path = out / f"{series.name}.h5"
-            made_from = hash_json([settings, content_of(series, key)])
-            try:
-                if _made_from(path) != made_from:
-                    vector = _y_hat(encoder, series, batch_size)
-                    with write_atomic(path) as temporary, h5py.File(temporary, "w") as file:
-                        file.create_dataset("y_hat", data=vector.astype(np.float32))
-                        file.attrs["hilum"] = made_from
-                    report["num_encoded"] += 1
-                report["num_rows"] += 1
-                report["num_scans"] += 1
-            except (ScanRefused, ContractError) as broken:
-                _note(report, series.key, broken)
-            if progress:
-                progress(done, len(found.series), "encoding scans")
-    if not report["num_rows"]:
-        raise InputError(f"nothing in {opened.label} could be encoded: {report['left_out'][:5] or 'no scan found'}")
-    return report | {"model": encoder.name, "contract": encoder.contract.hash}
+        todo = [s for s in found.series if not _is_made(out / f"{s.name}.h5", settings, s, key)]
+        num_kept, left_out = len(found.series) - len(todo), []
+        work = partial(load, key=key, with_labels=True)
+        with closing(run(work, todo, 1 if len(todo) == 1 else num_workers, in_flight=1)) as results:
+            for done, (series, loaded) in enumerate(results, num_kept + 1):
+                reason = _write_one(out / f"{series.name}.h5", encoder, loaded, settings, batch_size)
+                if reason and not is_aside(reason):
+                    left_out.append({"series": series.key, "reason": reason})
+                elif reason:
+                    found.set_aside[reason.partition(":")[0]] += 1
+                else:
+                    num_kept += 1
+                if progress:
+                    progress(done, len(found.series), "encoding scans")
+    if not num_kept:
+        raise InputError(f"nothing in {opened.label} could be encoded: {left_out[:5] or 'no scan found'}")
+    counts = {"num_rows": num_kept, "num_scans": num_kept, "num_encoded": len(todo)}
+    lists = {"set_aside": dict(found.set_aside), "left_out": sorted(left_out, key=lambda row: row["series"])}
+    return {**counts, **lists, "model": encoder.name, "contract": encoder.contract.hash}
 
 
-def _note(report: dict[str, Any], series: str, broken: ScanRefused | ContractError) -> None:
-    code = broken.reason if isinstance(broken, ScanRefused) else ""
-    if code in REASONS and not REASONS[code].fault:
-        report["set_aside"][code] = report["set_aside"].get(code, 0) + 1
-    else:
-        report["left_out"].append({"series": series, "reason": str(broken)})
+def _write_one(path: Path, encoder: Encoder, loaded: Loaded | Crashed, settings: str, batch_size: int) -> str:
+    """Write one vector; returns the reason why not, or ""."""
+    if isinstance(loaded, Crashed):
+        return "reader_crashed"
+    if loaded.volume is None:
+        return loaded.reason
+    try:
+        vector = _y_hat(encoder, loaded.volume, loaded.mask, batch_size)
+    except HilumError as broken:
+        return f"contract: {broken}"
+    with write_atomic(path) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("y_hat", data=vector.astype(np.float32))
+        file.attrs["hilum"] = hash_json([settings, loaded.content])
+    return ""
+
+
+def is_aside(reason: str) -> bool:
+    """Whether a scan was set aside by design, as a label map is: no fault of anyone."""
+    code = reason.partition(":")[0]
+    return code in REASONS and not REASONS[code].fault
+
+
+def _is_made(path: Path, settings: str, series: Series, key: Key) -> bool:
+    """Whether this file was made from this scan with these settings."""
+    try:
+        with h5py.File(path, "r") as file:
+            mark = str(file.attrs.get("hilum", ""))
+    except OSError:
+        return False
+    return mark == hash_json([settings, content_of(series, key)])
 
 
 def _check_names(series: list[Series]) -> None:
@@ -150,28 +177,12 @@ def _check_names(series: list[Series]) -> None:
                          "each scan. Use the Parquet form")  # fmt: skip
 
 
-def _made_from(path: Path) -> str:
-    """The mark of a file of ours; "" when there is none."""
-    try:
-        with h5py.File(path, "r") as file:
-            return str(file.attrs.get("hilum", ""))
-    except OSError:
-        return ""
-
-
-def _y_hat(encoder: Encoder, series: Series, batch_size: int) -> NDArray[np.float32]:
+def _y_hat(encoder: Encoder, vol: Volume, mask: Volume | None, batch_size: int) -> NDArray[np.float32]:
     """Slice encoders follow the rule of Curia's container; volume encoders give their vector, or that of the region."""
-    if series.reason:
-        code, _, detail = series.reason.partition(": ")
-        raise ScanRefused(code, detail)
-    vol = series.read()
-    mask = read_labels(series.mask, vol).volume if series.mask is not None else None
     if vol.modality not in encoder.contract.modalities:
         raise ContractError(f"modality {vol.modality} is not in the contract of {encoder.name}")
     if isinstance(encoder.contract, Contract):
-        regions = importlib.import_module("hilum.encode.regions")
-        vector: NDArray[np.float32] = np.asarray(regions.competition_vector(encoder, vol, mask, batch_size), np.float32)
-        return vector
+        return competition_vector(encoder, vol, mask, batch_size)
     if mask is None or not bool((mask.voxels > 0).any()):
         return encode_volume(encoder, vol, How(level="volume"), keep=None).first
     region = replace(mask, voxels=(mask.voxels > 0).astype(np.uint8))
