@@ -78,7 +78,7 @@ def _take_y_hat(folder: str, name: str, out: Path) -> dict[str, Any]:
 def _text(result: dict[str, Any], out: Path) -> str:
     lines = [
         f"{out}: {result['num_rows']:,} rows of {result['num_scans']:,} scans, model {result['model']}; "
-        f"{result['num_encoded']:,} scans encoded now"
+        f"{result['num_encoded']:,} new or changed"
     ]
     lines += [f"set aside: {number:,} files, {reason}" for reason, number in result["set_aside"].items()]
     lines += [f"left out: series {row['series']}: {row['reason']}" for row in result["left_out"][:20]]
