@@ -32,6 +32,8 @@ def embed(
     form: Annotated[str | None, typer.Option("--format", help="parquet, csv, npz or y_hat; default: by the suffix.")] = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; several with commas: one process each.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what is fast here.")] = "float32",
+    revision: Annotated[str | None, typer.Option(help="Of a released model, as it was pulled.")] = None,
     num_workers: Annotated[
         int | None, typer.Option("--workers", "--num-workers", help="Processes that read ahead; up to 8 by default.")
     ] = None,
@@ -52,6 +54,7 @@ def embed(
             result = run(
                 source, model=model, out=out, level=level, masks=masks, pooling=pooling, across=across,
                 layers=parse_layers(layers), max_slices=max_slices, patches=patches, batch_size=batch_size, device=device,
+                precision=precision, revision=revision,
                 num_workers=num_workers, engine=engine, form=form, seed=seed, progress=progress,
             )  # fmt: skip
     print(json.dumps(result, sort_keys=True) if as_json else _text(result, out))

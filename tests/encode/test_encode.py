@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from hilum.encode import volume_contract
 from hilum.encode.contract import Contract, prepare_slice
 from hilum.encode.encoder import Encoder, pixel_encoder
 from hilum.encode.grids import region_weights, slice_token_affine, stack_affine, volume_region_weights
 from hilum.encode.pooling import pool
 from hilum.encode.vit import Tokens, ViT, ViTConfig
-from hilum.encode.volume_contract import VolumeContract
+from hilum.encode.volume_contract import VolumeContract, prepare_volume
 from hilum.errors import ContractError, UsageError
-from hilum.volume import Volume
+from hilum.volume import Volume, orient
 
 AFFINE = np.array([[0, 0, 0.5, 5], [0, 0.7, 0, 6], [3.0, 0, 0, 7], [0, 0, 0, 1]])
 
@@ -191,15 +190,16 @@ def volume_encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
         scale[:3, 3] = [0.5, 1.5, 1.5]
         return SimpleNamespace(image=image, affine=vol.affine @ scale, grid=(z, y, x), notes=("cut to whole patches",))
 
-    monkeypatch.setattr(volume_contract, "prepare_volume", prepare_volume, raising=False)
-    monkeypatch.setattr("hilum.encode.features.find_spec", lambda name: None)
+    monkeypatch.setattr("hilum.encode.items.prepare_volume", prepare_volume)
+    monkeypatch.setattr("hilum.encode.features.encode_prepared", lambda e, p: (e.tokens(p.image[None]), ()))
     return Encoder(Mean3D(), VolumeContract(pooling="mean"), "mean3d", patch=(2, 4, 4))
 
 
 def test_features_of_a_volume(volume_encoder):
     vol = make_volume((5, 16, 12))
     found = volume_encoder.encode(vol)
-    assert (found.grid, found.slices, found.notes) == ((2, 4, 3), (), ("cut to whole patches",))
+    assert (found.grid, found.slices) == ((2, 4, 3), ())
+    assert "cut to whole patches" in found.notes
     assert found.patches.shape == (2, 4, 3, 3)
     np.testing.assert_allclose(found.first[0], vol.voxels[:4].mean(), rtol=1e-4)
     np.testing.assert_allclose(found.patches[1, 2, 0, 0], vol.voxels[2:4, 8:12, :4].mean(), rtol=1e-4)
@@ -230,3 +230,24 @@ def test_volume_weights_count_voxels_whatever_the_orientation(volume_encoder):
     weights = volume_region_weights(mask, AFFINE @ scale, (2, 2, 2))[1].reshape(2, 2, 2)
     for k, j, i in np.ndindex(2, 2, 2):
         assert weights[k, j, i] == mask.voxels[2 * k : 2 * k + 2, 4 * j : 4 * j + 4, 4 * i : 4 * i + 4].sum()
+
+
+def test_the_real_contract_of_volumes_agrees_with_the_network_alone():
+    """A transformer of volumes through `encode`: what it makes of the prepared volume, and the same from a turned scan."""
+    torch.manual_seed(0)
+    vit = ViT(ViTConfig(size="nano", patch=(14, 14, 14), image=(28, 28, 28), positions="rotary"))
+    encoder = Encoder(vit, VolumeContract(max_patches=64), "volumes", patch=(14, 14, 14))
+    rng = np.random.default_rng(0)
+    voxels = rng.normal(0, 100, (30, 50, 44)).astype(np.int16)
+    voxels[:, :6] = -1024
+    vol = Volume(voxels=voxels, affine=np.array([[0, 0, 1.0, 5], [0, 1, 0, 6], [1, 0, 0, 7], [0, 0, 0, 1]]),
+                 modality="CT", unit="HU")  # fmt: skip
+    prepared = prepare_volume(vol, encoder.contract)
+    tokens = encoder.tokens(prepared.image[None])
+    found, turned = encoder.encode(vol), encoder.encode(orient(vol, "RAI"))
+    np.testing.assert_allclose(found.first, tokens.cls[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(found.patches.reshape(-1, 96), tokens.patches[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(turned.first, found.first, atol=1e-4)
+    np.testing.assert_allclose(found.affines[0], prepared.affine)
+    both = encoder.encode(vol, layers=(-1, -2))
+    np.testing.assert_allclose(both.first[:96], found.first, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract, prepare_slice
+from hilum.encode.describe import notes_of
 from hilum.encode.encoder import Encoder, pixel_encoder
 from hilum.encode.features import encode_scans
 from hilum.encode.grids import chosen_slices, largest_slices, region_weights
@@ -173,7 +174,8 @@ def test_rows_say_what_they_are(encoder):
     assert region["item"] == "s1/2/3"
     assert (region["slice"], region["region"], region["modality"], region["patient"]) == (2, 3, "CT", "p")
     assert region["contract"] == encoder.contract.hash
-    assert (region["layer"], region["reason"], region["notes"]) == ("last", None, [])
+    assert (region["layer"], region["reason"]) == ("last", None)
+    assert region["notes"] == list(notes_of(scan.image, encoder.contract))
     tokens = encoder.tokens(prepare_slice(scan.image.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
     weights = region_weights(labels[2] == 3, encoder.grid)
     wanted = (weights[:, None] * tokens.patches[0]).sum(0) / weights.sum()

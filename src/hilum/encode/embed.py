@@ -33,7 +33,7 @@ from hilum.encode.resume import (
     write_shard,
 )
 from hilum.encode.rows import feature_rows, feature_schema, rows_table
-from hilum.encode.sources import Loaded, Series, load, open_source, place_masks, read_rows, stamp_of
+from hilum.encode.sources import Loaded, Series, Source, load, open_source, place_masks, read_rows, stamp_of
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError, UsageError, WorkerDied
 from hilum.records import hash_json, table_metadata, versions
@@ -48,12 +48,13 @@ SHARDS_A_TASK = 8  # on Ray: the model is loaded once a worker, so a task may be
 class Job:
     """What a process that encodes must know, beside its shards.
 
+    options   of `load_encoder`, but the device
     settings  hash of all that decides the numbers
     patches   folder for patch tokens, or None
     """
 
     model: str
-    seed: int
+    options: dict[str, Any]
     how: How
     batch_size: int
     num_workers: int
@@ -78,6 +79,8 @@ def embed(
     patches: bool = False,
     batch_size: int = 32,
     device: str = "auto",
+    precision: str = "float32",
+    revision: str | None = None,
     num_workers: int | None = None,
     engine: str = "local",
     form: str | None = None,
@@ -96,6 +99,8 @@ def embed(
                  maps (NIfTI, mha, nrrd) on their scans' grids, DICOM SEG or RTSTRUCT
     pooling, across, layers, max_slices   `hilum.encode.features.How`
     patches      also write patch tokens, to <stem>.patches/
+    precision    float32, bfloat16 or auto (`hilum.encode.encoder.Encoder`)
+    revision     of a released model
     device       auto, cpu, cuda:0; several with commas: one process on each
     num_workers  processes that read ahead
     engine       "local", or "ray": shards are encoded on the CPUs of a cluster
@@ -105,7 +110,8 @@ def embed(
     out, key = Path(out), key or read_key()
     form = form_of(out, form)
     devices = [one.strip() for one in device.split(",")]
-    encoder = load_encoder(model, device=devices[0], seed=seed)
+    options: dict[str, Any] = {"seed": seed, "precision": precision, "revision": revision}
+    encoder = load_encoder(model, device=devices[0], **options)
     how = _make_how(encoder, level, pooling, across, tuple(layers), max_slices)
     num_workers = num_workers or min(default_num_workers(), MOST_READERS)
     masks = Path(masks) if masks is not None else None
@@ -124,27 +130,41 @@ def embed(
     weights = encoder.weights_hash
     about = _about(encoder, how, weights, patches, key)
     settings = hash_json(about)
-    job = Job(model, seed, how, batch_size, num_workers, key, settings, weights, places.patches if patches else None)
+    job = Job(model, options, how, batch_size, num_workers, key, settings, weights, places.patches if patches else None)
     with open_source(source, key) as opened:
-        stamp = key.hash("item", opened.stamp + _stamp_of_masks(masks))
-        past = read_past(places, settings)
-        if past.stamp != stamp or places.parts.exists() or not _patches_there(places, patches):
-            with hold(places.parts / "lock", f"the table {places.table}"):
-                found = opened.list(progress)
-                place_masks(found, masks, key, opened.label, how.level == "region")
-                series = sorted(found.series, key=lambda s: s.key)
-                num_encoded = _encode_missing(encoder, series, past, places, job, devices, engine, progress)
-                if not any(_width(path) > 1 for path in {done.path for done in past.done.values()}):
-                    raise InputError(
-                        f"nothing in {opened.label} could be encoded: {_why(past, series, found.set_aside)}"
-                    )
-                metadata = about | {"settings": settings, "set_aside": dict(sorted(found.set_aside.items()))}
-                _finish(places, series, past, metadata, stamp)
-        else:
-            num_encoded = 0
+        num_encoded = _update(opened, masks, places, encoder, job, about, devices, engine, progress)
     if form != "parquet":
         convert(places.table, out, form)
     return _report(places, num_encoded)
+
+
+def _update(
+    opened: Source,
+    masks: Path | None,
+    places: Places,
+    encoder: Encoder,
+    job: Job,
+    about: dict[str, Any],
+    devices: Sequence[str],
+    engine: str,
+    progress: Progress | None,
+) -> int:
+    """Bring the table up to date with its source; returns how many series had to be encoded."""
+    key = job.key
+    stamp = key.hash("item", opened.stamp + _stamp_of_masks(masks))
+    past = read_past(places, job.settings)
+    if past.stamp == stamp and not places.parts.exists() and _patches_there(places, job.patches is not None):
+        return 0
+    with hold(places.parts / "lock", f"the table {places.table}"):
+        found = opened.list(progress)
+        place_masks(found, masks, key, opened.label, job.how.level == "region")
+        series = sorted(found.series, key=lambda s: s.key)
+        num_encoded = _encode_missing(encoder, series, past, places, job, devices, engine, progress)
+        if not any(_width(path) > 1 for path in {done.path for done in past.done.values()}):
+            raise InputError(f"nothing in {opened.label} could be encoded: {_why(past, series, found.set_aside)}")
+        metadata = about | {"settings": job.settings, "set_aside": dict(sorted(found.set_aside.items()))}
+        _finish(places, series, past, metadata, stamp)
+    return num_encoded
 
 
 def _make_how(
@@ -261,7 +281,7 @@ def _encode_on(task: tuple[str, tuple[Shard, ...]], job: Job) -> int:
     device, shards = task
     if job.num_threads is not None:
         torch.set_num_threads(job.num_threads)
-    encoder = load_encoder(job.model, device=device, seed=job.seed)
+    encoder = load_encoder(job.model, device=device, **job.options)
     return sum(1 for _ in encode_shards(encoder, [shard for shard in shards if not shard.path.exists()], job))
 
 

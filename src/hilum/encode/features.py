@@ -4,13 +4,11 @@ A slice encoder sees slices in batches; a volume encoder one volume at a time. I
 network. A scan that breaks the contract becomes one row with the reason.
 """
 
-import importlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hilum.encode.chunks import encode_prepared
 from hilum.encode.contract import Contract
+from hilum.encode.describe import notes_of
 from hilum.encode.encoder import Encoder
 from hilum.encode.grids import (
     slice_token_affine,
@@ -31,6 +31,7 @@ from hilum.encode.items import LAST, AnyItem, How, Item, Refused, Scan, Whole3D,
 from hilum.encode.patches import Patches, write_patches
 from hilum.encode.pooling import pool, pool_slices
 from hilum.encode.vit import Tokens
+from hilum.encode.volume_contract import PreparedVolume
 from hilum.errors import ContractError, HilumError, ScanRefused
 from hilum.volume import Volume
 
@@ -221,19 +222,11 @@ def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Enc
     return Encoded(scan, [found for _, found in pairs], encoder.grid, None, notes)
 
 
-def notes_of(vol: Volume, contract: object) -> tuple[str, ...]:
-    """What the contract does to this scan beside what it does to every scan."""
-    if not find_spec("hilum.encode.describe"):
-        return ()
-    notes: tuple[str, ...] = importlib.import_module("hilum.encode.describe").notes_of(vol, contract)
-    return notes
-
-
-def _volume_tokens(encoder: Encoder, prepared: Any, layers: tuple[int, ...]) -> tuple[list[Tokens], tuple[str, ...]]:
+def _volume_tokens(encoder: Encoder, prepared: PreparedVolume, layers: tuple[int, ...]) -> tuple[list[Tokens], tuple[str, ...]]:
     """Tokens of a prepared volume, in blocks where memory does not hold it at once, and what was done then."""
-    if layers != LAST or not find_spec("hilum.encode.chunks"):
+    if layers != LAST:
         return encoder.layers(prepared.image[None], layers), ()
-    tokens, notes = importlib.import_module("hilum.encode.chunks").encode_prepared(encoder, prepared)
+    tokens, notes = encode_prepared(encoder, prepared)
     return [tokens], notes
 
 

@@ -1,6 +1,5 @@
 """What to encode of a scan: slices, regions of slices, or the scan as a whole, each prepared when it is asked for."""
 
-import importlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from hilum.encode.encoder import Encoder
 from hilum.encode.grids import chosen_slices, largest_slices, region_weights
 from hilum.encode.pooling import ACROSS, POOLINGS
 from hilum.encode.regions import check_same_grid
+from hilum.encode.volume_contract import PreparedVolume, VolumeContract, prepare_volume
 from hilum.errors import ContractError, UsageError
 from hilum.volume import Volume
 
@@ -121,10 +121,10 @@ class Whole3D:
     encoder: Encoder
 
     @property
-    def image(self) -> Any:
-        """`hilum.encode.volume_contract.PreparedVolume`: image (1, Z, Y, X), affine of the token grid, grid, notes."""
-        contract: Any = importlib.import_module("hilum.encode.volume_contract")
-        return contract.prepare_volume(self.scan.image, self.encoder.contract)
+    def image(self) -> PreparedVolume:
+        """Prepared by the contract, anew each time."""
+        assert isinstance(self.encoder.contract, VolumeContract)
+        return prepare_volume(self.scan.image, self.encoder.contract)
 
 
 @dataclass(frozen=True, eq=False)
