@@ -222,7 +222,9 @@ def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Enc
     return Encoded(scan, [found for _, found in pairs], encoder.grid, None, notes)
 
 
-def _volume_tokens(encoder: Encoder, prepared: PreparedVolume, layers: tuple[int, ...]) -> tuple[list[Tokens], tuple[str, ...]]:
+def _volume_tokens(
+    encoder: Encoder, prepared: PreparedVolume, layers: tuple[int, ...]
+) -> tuple[list[Tokens], tuple[str, ...]]:
     """Tokens of a prepared volume, in blocks where memory does not hold it at once, and what was done then."""
     if layers != LAST:
         return encoder.layers(prepared.image[None], layers), ()
