@@ -1,11 +1,17 @@
 """What the documentation shows, run as it stands."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from hilum.archive.phantom import write_phantom
+from hilum.cli import app
+
+PAGES = Path(__file__).parents[1] / "docs"
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -16,3 +22,37 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "accuracy: " in done.stdout
+
+
+def blocks(page: Path) -> list[str]:
+    """The indented blocks of a page."""
+    found: list[list[str]] = [[]]
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("    ") or (not line and found[-1]):
+            found[-1].append(line[4:])
+        else:
+            found.append([])
+    return ["\n".join(block) for block in found if any(block)]
+
+
+def test_the_page_about_features_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and Python in their order, on a phantom with masks."""
+    write_phantom(tmp_path / "phantom", num_patients=1, num_slices=8, matrix=32)
+    (tmp_path / "phantom" / "scans").rename(tmp_path / "scans")
+    (tmp_path / "masks.csv").write_text((tmp_path / "phantom" / "series.csv").read_text())
+    shutil.copytree(tmp_path / "phantom" / "masks", tmp_path / "masks")
+    monkeypatch.setenv("HILUM_KEY", str(tmp_path / "key"))
+    monkeypatch.chdir(tmp_path)
+    shown = blocks(PAGES / "features.md")
+    assert len(shown) >= 7
+    for block in shown:
+        if block.startswith("import "):
+            exec(compile(block, "docs/features.md", "exec"), {})
+            continue
+        for line in block.splitlines():
+            words = line.split()
+            assert words[0] == "hilum"
+            code = typer.main.get_command(app).main(words[1:], standalone_mode=False)
+            assert code in (None, 0, 4), line
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"f.parquet", "volumes.parquet", "regions.parquet", "dense.patches", "f.npz", "f.csv"} <= names

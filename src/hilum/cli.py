@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
@@ -162,40 +163,7 @@ app.command()(plan)
 app.command()(pretrain)
 
 
-@app.command()
-def embed(
-    source: Annotated[Path, typer.Argument(help="A store, a folder of scans, or one scan.")],
-    model: Annotated[str, typer.Option(help="An exported encoder's folder, pixels, or random:FOLDER.")],
-    out: Out,
-    level: Annotated[str, typer.Option(help="slice, region (needs --masks) or volume.")] = "slice",
-    masks: Annotated[Path | None, typer.Option(help="CSV: series_uid (or file), mask.")] = None,
-    max_slices: Annotated[int | None, typer.Option(help="Evenly spaced slices of each scan instead of all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
-    device: Device = "auto",
-    seed: Seed = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Any scans → one feature table (Parquet)."""
-    from hilum.encode.embed import embed as run
-    from hilum.terminal import Reporter
-
-    with Reporter(quiet) as progress:
-        result = run(
-            source,
-            model=model,
-            out=out,
-            level=level,
-            masks=masks,
-            max_slices=max_slices,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
-            progress=progress,
-        )
-    _print(result, as_json, _embed_text(result, out))
-    if result["left_out"]:
-        raise typer.Exit(EXIT_SOME_LEFT_OUT)
+app.command()(embed)
 
 
 @app.command()
@@ -292,15 +260,6 @@ def _ledger_text(counts: dict[str, Any]) -> str:
     used = f"used: {counts['num_used']:,} scans in {counts['num_files_used']:,} of {counts['num_files']:,} files"
     rows = [[reason, row["files"], REASONS[reason].sentence] for reason, row in counts["refused"].items()]
     return used + ("\n" + format_table(["refused as", "files", "meaning"], rows) if rows else "")
-
-
-def _embed_text(result: dict[str, Any], out: Path) -> str:
-    lines = [f"{out}: {result['num_rows']:,} rows of {result['num_scans']:,} scans, model {result['model']}"]
-    lines += [f"set aside: {number:,} files, {reason}" for reason, number in result["set_aside"].items()]
-    lines += [f"left out: series {row['series']}: {row['reason']}" for row in result["left_out"][:20]]
-    if len(result["left_out"]) > 20:
-        lines.append(f"left out: {len(result['left_out']) - 20:,} more (all with --json)")
-    return "\n".join(lines)
 
 
 def _probe_text(result: Any) -> str:

@@ -18,8 +18,8 @@ from hilum.archive.privacy import Key
 from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
 from hilum.encode.contract import normalise_slice, prepare_slice
-from hilum.encode.embed import read_mask_table
 from hilum.encode.encoder import Encoder, read_encoder
+from hilum.encode.sources import read_mask_table
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, read_lines

@@ -1,14 +1,24 @@
 """What every encoder must do. A new encoder is tested by one line in ENCODERS."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 
+from hilum.archive.one import read
+from hilum.archive.phantom import write_phantom
+from hilum.archive.privacy import Key
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.encoder import Encoder, pixel_encoder, pool
+from hilum.encode.encoder import Encoder, pixel_encoder
+from hilum.encode.features import Features
+from hilum.encode.pooling import pool
 from hilum.encode.vit import ViT, ViTConfig
+from hilum.volume import Volume
 
 
 def make_vit(**changes: object) -> Encoder:
@@ -94,3 +104,62 @@ def test_contract_and_name_are_stable(kind):
     assert encoder.contract.hash == again.contract.hash
     assert len(encoder.contract.hash) == 16
     assert encoder.name
+
+
+# ---- the same scan, whatever it is stored as
+
+
+def write_nifti(path: Path, vol: Volume, axes: tuple[int, ...], flips: tuple[int, ...]) -> Path:
+    """A scan with its array axes in another order and direction; the affine says so, in NIfTI's RAS."""
+    assert vol.affine is not None
+    to_ras = np.diag([-1.0, -1, 1, 1]) @ vol.affine
+    voxels, affine = vol.voxels.transpose(axes), to_ras[:, [*axes, 3]].copy()
+    for axis in flips:
+        affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
+        affine[:3, axis] *= -1
+        voxels = np.flip(voxels, axis)
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(voxels), affine), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One CT of 8 slices in several forms, and its mirror image."""
+    folder = tmp_path_factory.mktemp("forms")
+    write_phantom(folder / "phantom", num_patients=1, num_slices=8, matrix=48, seed=3)
+    source = folder / "phantom" / "scans" / "PHANTOM0000" / "ct"
+    slices = {p: pydicom.dcmread(p) for p in source.iterdir()}
+    rows = max(s.Rows for s in slices.values())
+    (folder / "dicom").mkdir()
+    (folder / "reversed").mkdir()
+    whole = sorted((s for s in slices.values() if s.Rows == rows), key=lambda s: float(s.ImagePositionPatient[2]))
+    for number, part in enumerate(whole):
+        part.save_as(folder / "dicom" / f"{number:03}.dcm")
+        part.InstanceNumber = 900 - number
+        part.save_as(folder / "reversed" / f"{len(whole) - number:03}")
+    vol = read(folder / "dicom", key=Key(bytes(32)))
+    assert vol.modality == "CT"
+    mirrored = replace(vol, voxels=np.ascontiguousarray(vol.voxels[:, :, ::-1]))
+    return {
+        "DICOM": folder / "dicom",
+        "files in reverse": folder / "reversed",
+        "NIfTI": write_nifti(folder / "a.nii.gz", vol, (2, 1, 0), ()),
+        "NIfTI, RAS": write_nifti(folder / "b.nii", vol, (2, 1, 0), (0, 1)),
+        "NIfTI, axes turned": write_nifti(folder / "c.nii", vol, (0, 2, 1), (0, 2)),
+        "mirrored": write_nifti(folder / "m.nii", mirrored, (2, 1, 0), ()),
+    }
+
+
+def test_the_same_scan_gives_the_same_features(encoder, forms):
+    found = {name: encoder.encode(read(path, key=Key(bytes(32))), "slice") for name, path in forms.items()}
+    wanted = found.pop("DICOM")
+    mirrored = found.pop("mirrored")
+
+    def cosines(features: Features) -> np.ndarray:
+        a, b = wanted.vectors, features.vectors
+        return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    for name, features in found.items():
+        assert cosines(features).min() >= 0.9999, name
+        np.testing.assert_allclose(features.affines, wanted.affines, atol=1e-3, err_msg=name)
+    assert cosines(mirrored).max() < 0.9999

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import Encoder, pixel_encoder, pool, read_encoder, read_model_config
+from hilum.encode.encoder import Encoder, pixel_encoder, read_encoder, read_model_config
+from hilum.encode.pooling import pool
 from hilum.encode.vit import Tokens
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, HilumError, InputError, UsageError

@@ -1,28 +1,21 @@
 """From scans to rows: which slices, which regions, which numbers."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from hilum.encode.contract import Contract, prepare_slice
+from hilum.encode.describe import notes_of
 from hilum.encode.encoder import Encoder, pixel_encoder
-from hilum.encode.features import (
-    Scan,
-    check_same_grid,
-    chosen_slices,
-    encode_items,
-    feature_rows,
-    largest_slices,
-    make_items,
-    region_weights,
-    write_rows,
-)
+from hilum.encode.features import encode_scans
+from hilum.encode.grids import chosen_slices, largest_slices, region_weights
+from hilum.encode.items import How, Scan, make_items
+from hilum.encode.regions import check_same_grid
+from hilum.encode.rows import feature_rows
 from hilum.encode.vit import Tokens
-from hilum.errors import ContractError, ScanRefused
+from hilum.errors import ContractError
 from hilum.volume import Volume
 
 
@@ -57,7 +50,7 @@ def test_slices_are_all_or_the_middles_of_equal_parts():
 
 def test_items_of_a_scan_are_its_prepared_slices(encoder):
     scan = make_scan()
-    items = list(make_items(scan, encoder, "slice", 2))
+    items = list(make_items(scan, encoder, How(max_slices=2)))
     assert [i.slice for i in items] == chosen_slices(6, 2)
     for item in items:
         pixels = scan.volume.voxels[item.slice].astype(np.float32)
@@ -111,13 +104,13 @@ def test_a_region_of_one_pixel_still_has_a_patch():
 def test_items_of_regions(encoder):
     labels = np.zeros((6, 20, 30), np.uint8)
     labels[1, :4, :4], labels[2, :10, :10], labels[4, 15:, 20:] = 3, 3, 7
-    items = list(make_items(make_scan(mask=labels), encoder, "region", None))
+    items = list(make_items(make_scan(mask=labels), encoder, How(level="region")))
     assert [(i.region, i.slice) for i in items] == [(3, 2), (7, 4)]
     for item in items:
         assert item.weights is not None
         assert torch.equal(item.weights, region_weights(labels[item.slice] == item.region, encoder.grid))
     with pytest.raises(ContractError, match="needs a mask for every scan"):
-        list(make_items(make_scan(), encoder, "region", None))
+        list(make_items(make_scan(), encoder, How(level="region")))
 
 
 # ---- masks on the grid of their scan
@@ -145,23 +138,30 @@ def test_masks_off_the_grid_are_refused():
 # ---- rows
 
 
-def test_vectors_come_in_order_whatever_the_batch(encoder):
-    items = list(make_items(make_scan(), encoder, "slice", None))
-    one, four = (list(encode_items(encoder, items, n)) for n in (1, 4))
-    assert [i.slice for i, _ in one] == [i.slice for i, _ in four] == list(range(6))
-    for (_, a), (_, b), item in zip(one, four, items):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-        np.testing.assert_allclose(a, encoder.tokens(item.image[None]).cls[0].numpy(), atol=1e-6)
+def rows_of(encoder: Encoder, scans: list[Scan], how: How, batch_size: int = 4, **given) -> list[dict]:
+    return [row for rows in feature_rows(encoder, scans, how, batch_size, **given) for row in rows]
 
 
-def test_a_volume_is_the_mean_of_its_slices(encoder):
+def test_vectors_come_in_order_whatever_the_batch_and_the_threads(encoder):
+    scan = make_scan()
+    items = list(make_items(scan, encoder, How()))
+    one, four = (rows_of(encoder, [scan], How(), n, num_threads=n) for n in (1, 4))
+    assert [r["slice"] for r in one] == [r["slice"] for r in four] == list(range(6))
+    for a, b, item in zip(one, four, items):
+        np.testing.assert_allclose(a["vector"], b["vector"], atol=1e-6)
+        np.testing.assert_allclose(a["vector"], encoder.tokens(item.image[None]).cls[0].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("across", "wanted"), [("mean", lambda v: v.mean(0)), ("max", lambda v: v.max(0)),
+                                                ("mean+max", lambda v: np.concatenate([v.mean(0), v.max(0)]))])  # fmt: skip
+def test_a_volume_is_pooled_over_its_slices(encoder, across, wanted):
     scans = [make_scan("a"), make_scan("b", (1, 9, 9), seed=1), make_scan("c", (4, 10, 12), seed=2)]
-    slices = list(feature_rows(encoder, scans, "slice", None, 4))
-    volumes = list(feature_rows(encoder, scans, "volume", None, 4))
+    slices = rows_of(encoder, scans, How())
+    volumes = rows_of(encoder, scans, How(level="volume", across=across))
     assert [v["item"] for v in volumes] == ["a", "b", "c"]
     for row in volumes:
-        own = [s["vector"] for s in slices if s["series"] == row["series"]]
-        np.testing.assert_allclose(row["vector"], np.mean(own, 0), atol=1e-6)
+        own = np.stack([s["vector"] for s in slices if s["series"] == row["series"]])
+        np.testing.assert_allclose(row["vector"], wanted(own), atol=1e-6)
         assert row["slice"] is None
         assert row["level"] == "volume"
 
@@ -170,15 +170,17 @@ def test_rows_say_what_they_are(encoder):
     labels = np.zeros((6, 20, 30), np.uint8)
     labels[2, :10, :10] = 3
     scan = make_scan(mask=labels)
-    region = next(iter(feature_rows(encoder, [scan], "region", None, 4)))
+    (region,) = rows_of(encoder, [scan], How(level="region"))
     assert region["item"] == "s1/2/3"
     assert (region["slice"], region["region"], region["modality"], region["patient"]) == (2, 3, "CT", "p")
     assert region["contract"] == encoder.contract.hash
-    tokens = encoder.tokens(prepare_slice(scan.volume.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
+    assert (region["layer"], region["reason"]) == ("last", None)
+    assert region["notes"] == list(notes_of(scan.image, encoder.contract))
+    tokens = encoder.tokens(prepare_slice(scan.image.voxels[2].astype(np.float32), "CT", "HU", encoder.contract)[None])
     weights = region_weights(labels[2] == 3, encoder.grid)
     wanted = (weights[:, None] * tokens.patches[0]).sum(0) / weights.sum()
     np.testing.assert_allclose(region["vector"], wanted.numpy(), atol=1e-5)
-    assert [r["item"] for r in feature_rows(encoder, [make_scan()], "slice", 2, 4)] == ["s1/1", "s1/4"]
+    assert [r["item"] for r in rows_of(encoder, [make_scan()], How(max_slices=2))] == ["s1/1", "s1/4"]
 
 
 class Broken(torch.nn.Module):
@@ -187,39 +189,54 @@ class Broken(torch.nn.Module):
         return Tokens(cls, cls[:, None], cls[:, None].expand(-1, 16, -1))
 
 
-def test_features_that_are_not_numbers_are_refused():
+def test_features_that_are_not_numbers_are_a_reason():
     encoder = Encoder(Broken(), Contract(size_px=32, pooling="class"), "broken", patch=(8, 8))
-    with pytest.raises(ContractError, match="NaN or infinite features"):
-        list(feature_rows(encoder, [make_scan()], "slice", None, 4))
+    (row,) = rows_of(encoder, [make_scan()], How())
+    assert row["vector"] is None
+    assert "NaN or infinite features" in row["reason"]
 
 
-# ---- writing
+def test_a_bad_scan_is_one_row_and_spares_its_neighbours(encoder):
+    good, other = make_scan("a"), make_scan("c", seed=3)
+    voxels = good.image.voxels.astype(np.float32)
+    voxels[3, 2, 2] = np.nan
+    bad = replace(make_scan("b"), volume=replace(good.image, voxels=voxels))
+    gone = replace(make_scan("d"), volume=None, reason="truncated: 3 of 5 bytes")
+    unit = replace(make_scan("e"), volume=replace(good.image, unit=""))
+    rows = rows_of(encoder, [good, bad, gone, unit, other], How(), 32)
+    alone = rows_of(encoder, [good], How(), 32) + rows_of(encoder, [other], How(), 32)
+    assert [(r["item"], r["vector"] is None) for r in rows if r["vector"] is None or r["slice"] == 0] == [
+        ("a/0", False), ("b", True), ("d", True), ("e", True), ("c/0", False)]  # fmt: skip
+    reasons = {r["series"]: r["reason"] for r in rows if r["reason"]}
+    assert "NaN" in reasons["b"]
+    assert reasons["d"] == "truncated: 3 of 5 bytes"
+    assert "CT comes in HU" in reasons["e"]
+    for found, wanted in zip([r for r in rows if not r["reason"]], alone):
+        assert found["item"] == wanted["item"]
+        np.testing.assert_allclose(found["vector"], wanted["vector"], atol=1e-6)
 
 
-def test_rows_are_written_as_they_come(encoder, tmp_path):
-    """No more than a row group is drawn ahead of what is on disk."""
-    drawn = []
+def test_groups_do_not_share_a_batch():
+    """The numbers of a shard cannot depend on what was encoded before it in the same run."""
+    sizes = []
 
-    def rows():
-        for row in feature_rows(encoder, [make_scan()], "slice", None, 2):
-            drawn.append(row)
-            yield row
+    class Counting(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> Tokens:
+            sizes.append(len(images))
+            flat = images.flatten(1)[:, :4]
+            return Tokens(flat, flat[:, None], flat[:, None].expand(-1, 16, -1))
 
-    path = tmp_path / "f.parquet"
-    assert write_rows(path, rows(), {b"hilum": b"{}"}, row_group=4) == 6
-    file = pq.ParquetFile(path)
-    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [4, 2]
-    table = file.read()
-    assert table.schema.metadata == {b"hilum": b"{}"}
-    wanted = np.stack([r["vector"] for r in drawn])
-    np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), wanted)
-    assert table["slice"].to_pylist() == list(range(6))
-    assert table["region"].to_pylist() == [None] * 6
-    assert table["item"].to_pylist()[5] == "s1/5"
+    encoder = Encoder(Counting(), Contract(size_px=32, pooling="class"), "counting", patch=(8, 8))
+    scans = [replace(make_scan(str(n), (3, 9, 9), n), group=n // 2) for n in range(4)]
+    list(encode_scans(encoder, scans, How(), 4))
+    assert sizes == [4, 2, 4, 2]
 
 
-def test_nothing_to_write_is_refused(tmp_path):
-    nothing: Any = iter(())
-    with pytest.raises(ScanRefused, match="nothing_to_encode"):
-        write_rows(tmp_path / "f.parquet", nothing, {})
-    assert not (tmp_path / "f.parquet").exists()
+def test_statistics_of_the_whole_scan_reach_each_slice():
+    contract = Contract(size_px=32, normalise="volume", normalise_last=True)
+    encoder = Encoder(pixel_encoder().network, contract, "pixels", patch=(16, 16))
+    scan = make_scan()
+    images = torch.stack([item.image for item in make_items(scan, encoder, How())])
+    assert float(images.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(images.std()) == pytest.approx(1, abs=1e-3)
+    assert float(images[0].mean()) != pytest.approx(0, abs=1e-4)

@@ -34,7 +34,11 @@ def default_num_workers() -> int:
 
 
 def run(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int | None, engine: str = "local"
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int | None,
+    engine: str = "local",
+    in_flight: int = IN_FLIGHT,
 ) -> Generator[tuple[Item, Result | Crashed], None, None]:
     """Yield (item, result) as they are done, or (item, Crashed()) when the process died on it.
 
@@ -43,23 +47,24 @@ def run(
                  cannot be contained
     engine       one of ENGINES: "local", processes of this machine; "ray", the cluster at $RAY_ADDRESS, else the one
                  that this machine belongs to, else one of its own
+    in_flight    items per worker that are read ahead
 
     Closing the generator stops the workers after the items they are at, or within them on Ray.
     """
     if engine not in ENGINES:
         raise UsageError(f"engine '{engine}' is unknown; expected {' or '.join(ENGINES)}")
-    return ENGINES[engine](function, iter(items), num_workers)
+    return ENGINES[engine](function, iter(items), num_workers, in_flight)
 
 
 def _run_local(
-    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int | None
+    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int | None, in_flight: int
 ) -> Generator[tuple[Item, Result | Crashed], None, None]:
     num_workers = num_workers or default_num_workers()
     if num_workers <= 1:
         for item in items:
             yield item, function(item)
         return
-    while batch := (yield from _until_crash(function, items, num_workers)):
+    while batch := (yield from _until_crash(function, items, num_workers, in_flight)):
         # One of these items killed its process, and with it the pool. Alone, each shows whether it was the one.
         for item in batch:
             with _pool(1) as pool:
@@ -70,7 +75,7 @@ def _run_local(
 
 
 def _until_crash(
-    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int
+    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int, in_flight: int
 ) -> Generator[tuple[Item, Result | Crashed], None, list[Item]]:
     """Work through `items`; returns (not yields) those in flight when the pool broke, [] when all are done."""
     pool = _pool(num_workers)
@@ -78,7 +83,7 @@ def _until_crash(
     lost: list[Item] = []
     try:
         while True:
-            for item in islice(items, num_workers * IN_FLIGHT - len(pending)):
+            for item in islice(items, num_workers * in_flight - len(pending)):
                 try:
                     pending[pool.submit(function, item)] = item
                 except BrokenProcessPool:
@@ -127,7 +132,7 @@ def _end_with_parent() -> None:
 
 
 def _run_on_ray(
-    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int | None
+    function: Callable[[Item], Result], items: Iterator[Item], num_workers: int | None, in_flight: int
 ) -> Generator[tuple[Item, Result | Crashed], None, None]:
     """As `_run_local`, on a Ray cluster: a task that loses its worker is started again elsewhere.
 
@@ -136,7 +141,7 @@ def _run_on_ray(
     """
     ray = _connect(num_workers)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    limit = cores * IN_FLIGHT if num_workers is None or num_workers >= cores else num_workers
+    limit = cores * in_flight if num_workers is None or num_workers >= cores else num_workers
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_call)
     function_ref = ray.put(function)
     died = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,10 @@ from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import from_dict, to_dict
+from hilum.volume import Volume
+
+if TYPE_CHECKING:
+    from hilum.encode.features import Features
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 GAINS_FROM = 20_000_000  # parameters; a smaller network is quick in either
@@ -74,6 +79,52 @@ class Encoder:
         half, place = self.precision == "bfloat16", () if window is None else (window,)
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return Tokens(*(part.float().cpu() for part in self.network(images.to(self.device), *place)))
+
+    def layers(self, images: Tensor, numbers: Sequence[int]) -> list[Tokens]:
+        """The same after chosen blocks, -1 the last, each through the final LayerNorm. UsageError where there is none."""
+        if tuple(numbers) == (-1,):
+            return [self.tokens(images)]
+        choose: Any = getattr(self.network, "layers", None)
+        if choose is None:
+            raise UsageError(f"{self.name} has no layers to choose from; expected last")
+        half = self.precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            found = choose(images.to(self.device), numbers)
+            return [Tokens(*(part.float().cpu() for part in tokens)) for tokens in found]
+
+    def encode(
+        self,
+        volume: Volume,
+        level: str = "volume",
+        *,
+        mask: Volume | None = None,
+        max_slices: int | None = None,
+        batch_size: int = 32,
+        layers: Sequence[int] = (-1,),
+        pooling: str | None = None,
+        across: str = "mean",
+        patches: bool = True,
+    ) -> "Features":
+        """A scan → its features (`hilum.encode.features.Features`). ContractError when it breaks the contract.
+
+        volume   as `hilum.read` gives it
+        mask     labels on the grid of the volume, for level region
+        patches  return the patch tokens, too: 3 MB a slice for a ViT-B at 512
+        others   `hilum.encode.features.How`
+        """
+        from hilum.encode.features import encode_volume
+        from hilum.encode.items import How
+
+        how = How(level=level, pooling=pooling, across=across, layers=tuple(layers), max_slices=max_slices)
+        keep = np.float32 if patches else None
+        return encode_volume(self, volume, how, mask=mask, batch_size=batch_size, keep=keep)
+
+    @property
+    def weights_hash(self) -> str:
+        """16 hex digits of the weights: as stored, when they were loaded, else of the tensors."""
+        from hilum.encode.weights import hash_tensors
+
+        return str(self.report.get("hash") or hash_tensors(self.network.state_dict()))
 
 
 class PixelNetwork(nn.Module):
@@ -204,23 +255,3 @@ def _card(model: ViT, contract: AnyContract, facts: dict[str, Any]) -> str:
             "",
         ]
     )
-
-
-def pool(tokens: Tokens, pooling: str, weights: Tensor | None = None) -> Tensor:
-    """One vector a slice.
-
-    weights  (B, N) share of each patch that belongs to a region, or None; a region's vector is the weighted mean of
-             its patch tokens (the class token says nothing of a region and is left out)
-    returns  (B, D) or (B, 2D)
-    """
-    if weights is not None:
-        total = weights.sum(1, keepdim=True)
-        if not bool((total > 0).all()):
-            raise ContractError("a region covers no patch; expected at least one voxel inside the slice")
-        return torch.einsum("bn,bnd->bd", weights / total, tokens.patches)
-    parts: Sequence[Tensor] = {
-        "class": [tokens.cls],
-        "mean": [tokens.patches.mean(1)],
-        "class+mean": [tokens.cls, tokens.patches.mean(1)],
-    }[pooling]
-    return torch.cat(list(parts), 1)

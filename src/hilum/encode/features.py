@@ -1,191 +1,335 @@
-"""Scans → one feature table: a row a slice, a region or a volume.
+"""Scans in memory → features.
 
-The table is Parquet (FEATURE_SCHEMA plus a fixed-size `vector`); its metadata names model, contract, privacy key and
-input. Rows are written as they come, so memory does not grow with the archive.
+A slice encoder sees slices in batches; a volume encoder one volume at a time. Images are prepared by threads ahead of the
+network. A scan that breaks the contract becomes one row with the reason.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from hilum.encode.contract import prepare_slice
-from hilum.encode.encoder import Encoder, pool
-from hilum.errors import ContractError, ScanRefused
-from hilum.volume import Volume, apart_mm
+from hilum.encode.chunks import encode_prepared
+from hilum.encode.contract import Contract
+from hilum.encode.describe import notes_of
+from hilum.encode.encoder import Encoder
+from hilum.encode.grids import (
+    slice_token_affine,
+    stack_affine,
+    volume_region_weights,
+)
+from hilum.encode.items import LAST, AnyItem, How, Item, Refused, Scan, Whole3D, make_items
+from hilum.encode.patches import Patches, write_patches
+from hilum.encode.pooling import pool, pool_slices
+from hilum.encode.vit import Tokens
+from hilum.encode.volume_contract import PreparedVolume
+from hilum.errors import ContractError, HilumError, ScanRefused
+from hilum.volume import Volume
 
-LEVELS = ("slice", "region", "volume")
+Keep = type[np.float16] | type[np.float32] | None
+_HALF = 65504.0  # the largest float16
 
 
-@dataclass(frozen=True)
-class Scan:
-    """One volume on its way through an encoder, with hashed identifiers only."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What the network made of one slice, one region, or one volume.
 
-    series: str
-    patient: str
-    study: str
-    volume: Volume
-    mask: Volume | None = None
+    vector   (D,), or of a slice at level volume
+    cls      (D',) class token of the chosen layers
+    patches  (N, D') patch tokens of the chosen layers; None when not asked for
+    """
+
+    vector: NDArray[np.float32]
+    cls: NDArray[np.float32]
+    patches: NDArray[Any] | None
+    slice: int | None = None
+    region: int | None = None
 
 
-@dataclass(frozen=True)
-class Item:
-    """One thing to encode: a slice, or a region of a slice.
+@dataclass
+class Encoded:
+    """All that one scan gave.
 
-    image    (1, size, size), prepared by the contract
-    weights  (N,) share of each patch that belongs to the region, or None
+    parts    in order; () when refused
+    grid     tokens of a slice (rows, columns) or of a volume (k, j, i)
+    affine   of a volume's tokens; None for slice encoders
+    reason   why it was refused; "" when it was not
     """
 
     scan: Scan
-    slice: int
-    region: int | None
-    image: Tensor
-    weights: Tensor | None
+    parts: list[Part] = field(default_factory=list)
+    grid: tuple[int, ...] = ()
+    affine: NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()
+    reason: str = ""
 
 
-def make_items(scan: Scan, encoder: Encoder, level: str, max_slices: int | None) -> Iterator[Item]:
-    """What to encode of one scan.
+def encode_scans(
+    encoder: Encoder, scans: Iterable[Scan], how: How, batch_size: int, *, num_threads: int = 1, keep: Keep = None
+) -> Iterator[Encoded]:
+    """Scans in, what the network made of them out, in their order; a batch may hold slices of several scans of one group.
 
-    slice, volume  all slices, or `max_slices` evenly spaced ones
-    region         for each label of the mask, the slice in which it covers most pixels (CuriaBench A1: one slice and the
-                   mask of one organ)
+    num_threads  prepare images while the network runs
+    keep         patch tokens, too, in this precision; they are large. None: no
     """
-    vol = scan.volume
-
-    def image_of(z: int) -> Tensor:
-        return prepare_slice(
-            vol.voxels[z].astype(np.float32, copy=False), vol.modality, vol.unit, encoder.slice_contract
-        )
-
-    if level != "region":
-        for z in chosen_slices(vol.shape[0], max_slices):
-            yield Item(scan, z, None, image_of(z), None)
-        return
-    if scan.mask is None:
-        raise ContractError("level region needs a mask for every scan; give a table of masks with --masks")
-    check_same_grid(vol, scan.mask)
-    for label, z in largest_slices(scan.mask.voxels).items():
-        weights = region_weights(scan.mask.voxels[z] == label, encoder.grid)
-        yield Item(scan, z, label, image_of(z), weights)
+    ahead = 2 * batch_size if isinstance(encoder.contract, Contract) else 1
+    stream = _prepared(_all_items(encoder, scans, how), ahead, num_threads)
+    with closing(stream):
+        parts = _parts(encoder, stream, how, batch_size, keep)
+        for _, group in groupby(parts, key=lambda pair: pair[0].scan):
+            yield _gather(encoder, how, list(group))
 
 
-def chosen_slices(num_slices: int, max_slices: int | None) -> list[int]:
-    """All slices, or the middles of `max_slices` equal parts."""
-    if max_slices is None or max_slices >= num_slices:
-        return list(range(num_slices))
-    return [int((n + 0.5) * num_slices / max_slices) for n in range(max_slices)]
+def _all_items(encoder: Encoder, scans: Iterable[Scan], how: How) -> Iterator[AnyItem]:
+    for scan in scans:
+        try:
+            yield from list(make_items(scan, encoder, how))
+        except HilumError as broken:
+            yield Refused(scan, str(broken))
 
 
-def largest_slices(labels: NDArray[Any]) -> dict[int, int]:
-    """For each label > 0 of a (Z, Y, X) map, the slice with most of its pixels (the first of equals)."""
-    top = int(labels.max())
-    areas = np.stack([np.bincount(s.ravel().astype(np.int64), minlength=top + 1) for s in labels])
-    return {label: int(areas[:, label].argmax()) for label in range(1, top + 1) if areas[:, label].any()}
+Prepared = tuple[AnyItem, Any]  # an item with its image, or with the error that preparing it met
 
 
-def region_weights(mask: NDArray[np.bool_], grid: tuple[int, int]) -> Tensor:
-    """Share of each patch (N,) that a region (Y, X) covers, after the same stretch to the square as the slice."""
-    share = functional.adaptive_avg_pool2d(torch.from_numpy(mask.astype(np.float32))[None], grid)
-    return share.flatten()
+def _prepared(items: Iterator[AnyItem], ahead: int, num_threads: int) -> Generator[Prepared, None, None]:
+    """Items with their images, in order, prepared by threads; at most `ahead` wait."""
+    waiting: deque[tuple[AnyItem, Future[Any]]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="prepare") as pool_:
+        try:
+            for item in items:
+                waiting.append((item, pool_.submit(_image_of, item)))
+                if len(waiting) > ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
-def check_same_grid(vol: Volume, mask: Volume) -> None:
-    """A mask must lie on its scan's grid. ContractError else: it is never resampled silently."""
-    if vol.shape != mask.shape:
-        raise ContractError(f"the mask has shape {mask.shape}, its scan {vol.shape}; expected the same grid")
-    if vol.affine is not None and mask.affine is not None:
-        apart = apart_mm(vol, mask)
-        if apart > 0.5 * min(vol.spacing_mm):
-            raise ContractError(f"mask and scan lie {apart:.1f} mm apart; expected the same grid")
+def _image_of(item: AnyItem) -> Any:
+    try:
+        return item.image
+    except (ContractError, ScanRefused) as broken:
+        return broken
 
 
-def encode_items(
-    encoder: Encoder, items: Iterable[Item], batch_size: int
-) -> Iterator[tuple[Item, NDArray[np.float32]]]:
-    """Items in, one vector each, batch by batch in the order they came."""
-    stream = iter(items)
-    while batch := list(islice(stream, batch_size)):
-        tokens = encoder.tokens(torch.stack([item.image for item in batch]))
-        if batch[0].weights is None:
-            vectors = pool(tokens, encoder.contract.pooling)
+def _parts(
+    encoder: Encoder, stream: Iterator[Prepared], how: How, batch_size: int, keep: Keep
+) -> Iterator[tuple[AnyItem, Any]]:
+    """Each item with its `Part`, or with the error instead."""
+    batch: list[Prepared] = []
+
+    def flush() -> Iterator[tuple[AnyItem, Any]]:
+        if batch:
+            yield from _encode_batch(encoder, batch, how, keep)
+            batch.clear()
+
+    for item, image in stream:
+        if batch and batch[0][0].scan.group != item.scan.group:
+            yield from flush()
+        if isinstance(item, Item) and isinstance(image, Tensor):
+            batch.append((item, image))
+            if len(batch) == batch_size:
+                yield from flush()
+            continue
+        yield from flush()
+        if isinstance(item, Refused):
+            yield item, ContractError(item.reason)
+        elif isinstance(image, HilumError):
+            yield item, image
         else:
-            weights = [item.weights for item in batch if item.weights is not None]
-            vectors = pool(tokens, encoder.contract.pooling, torch.stack(weights))
-        if not bool(torch.isfinite(vectors).all()):
-            raise ContractError("the encoder returned NaN or infinite features; its weights are damaged")
-        yield from zip(batch, vectors.numpy())
+            yield item, _encode_volume(encoder, item, image, how, keep)
+    yield from flush()
 
 
-def feature_rows(
-    encoder: Encoder, scans: Iterable[Scan], level: str, max_slices: int | None, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """Rows of the feature table. A volume's vector is the mean over its slices (CuriaBench's 3D track for 2D models)."""
-    items = (item for scan in scans for item in make_items(scan, encoder, level, max_slices))
-    encoded = encode_items(encoder, items, batch_size)
-    if level != "volume":
-        for item, vector in encoded:
-            yield _row(item, encoder, level, vector)
-        return
-    total: NDArray[np.float64] | None = None
-    count, last = 0, None
-    for item, vector in encoded:
-        if last is not None and item.scan is not last.scan and total is not None:
-            yield _row(last, encoder, level, total / count)
-            total, count = None, 0
-        total = vector.astype(np.float64) if total is None else total + vector
-        count, last = count + 1, replace(item, image=item.image[:0])
-    if last is not None and total is not None:
-        yield _row(last, encoder, level, total / count)
+def _encode_batch(encoder: Encoder, batch: list[Prepared], how: How, keep: Keep) -> Iterator[tuple[AnyItem, Any]]:
+    """One forward pass over slices."""
+    found = encoder.layers(torch.stack([image for _, image in batch]), how.layers)
+    items = [item for item, _ in batch if isinstance(item, Item)]
+    given = [item.weights for item in items if item.weights is not None]
+    vectors = _vectors(found, how.pooling or encoder.contract.pooling, torch.stack(given) if given else None)
+    cls = torch.cat([tokens.cls for tokens in found], -1)
+    patches = torch.cat([tokens.patches for tokens in found], -1) if keep else None
+    for n, item in enumerate(items):
+        if not bool(torch.isfinite(vectors[n]).all()):
+            yield item, _damaged()
+            continue
+        own = _kept(patches[n].numpy(), keep) if patches is not None else None
+        yield item, Part(vectors[n].numpy(), cls[n].numpy(), own, item.slice, item.region)
 
 
-def _row(item: Item, encoder: Encoder, level: str, vector: NDArray[Any]) -> dict[str, Any]:
-    parts = {"volume": (), "slice": (item.slice,), "region": (item.slice, item.region)}[level]
-    return {
-        "item": "/".join([item.scan.series, *map(str, parts)]),
-        "patient": item.scan.patient,
-        "study": item.scan.study,
-        "series": item.scan.series,
-        "modality": item.scan.volume.modality,
-        "level": level,
-        "slice": None if level == "volume" else item.slice,
-        "region": item.region,
-        "model": encoder.name,
-        "contract": encoder.contract.hash,
-        "vector": vector.astype(np.float32),
-    }
+def _encode_volume(
+    encoder: Encoder, item: AnyItem, prepared: Any, how: How, keep: Keep
+) -> tuple[Any, tuple[str, ...], list[Part]] | HilumError:
+    """One prepared volume and its parts: itself, or its regions."""
+    found, notes = _volume_tokens(encoder, prepared, how.layers)
+    pooling = how.pooling or encoder.contract.pooling
+    cls = torch.cat([tokens.cls for tokens in found], -1)[0].numpy()
+    patches = _kept(torch.cat([tokens.patches for tokens in found], -1)[0].numpy(), keep) if keep else None
+    if how.level != "region":
+        parts = [Part(_vectors(found, pooling)[0].numpy(), cls, patches)]
+    else:
+        mask = item.scan.mask
+        assert mask is not None
+        regions = volume_region_weights(mask, prepared.affine, prepared.grid)
+        if not regions:
+            return ContractError("the mask covers no token of the volume; expected at least one voxel inside")
+        parts = [
+            Part(_vectors(found, pooling, weights[None])[0].numpy(), cls, patches, None, label)
+            for label, weights in regions.items()
+        ]
+    if not all(np.isfinite(part.vector).all() for part in parts):
+        return _damaged()
+    return prepared, notes, parts
 
 
-def feature_schema(width: int, metadata: dict[bytes, bytes]) -> pa.Schema:
-    """Columns of a feature table; `vector` has as many float32 as the encoder gives."""
-    text = ("item", "patient", "study", "series", "modality", "level")
-    return pa.schema(
-        [(name, pa.string()) for name in text]
-        + [("slice", pa.int32()), ("region", pa.int32()), ("model", pa.string()), ("contract", pa.string())]
-        + [("vector", pa.list_(pa.float32(), width))],
-        metadata=metadata,
+def _kept(patches: NDArray[np.float32], keep: Keep) -> NDArray[Any]:
+    """Tokens in less precision, unless a value does not fit."""
+    return patches.astype(keep or np.float32) if np.abs(patches).max() <= _HALF else patches
+
+
+def _vectors(found: list[Tokens], pooling: str, weights: Tensor | None = None) -> Tensor:
+    """(B, D) of the chosen layers, one after the other."""
+    return torch.cat([pool(tokens, pooling, weights) for tokens in found], 1)
+
+
+def _damaged() -> ContractError:
+    return ContractError("the encoder returned NaN or infinite features; the scan or its weights are damaged")
+
+
+def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Encoded:
+    """What the items of one scan gave, as one. A single bad slice refuses the scan."""
+    scan = pairs[0][0].scan
+    if broken := next((found for _, found in pairs if isinstance(found, HilumError)), None):
+        return Encoded(scan, reason=scan.reason or _reason(broken))
+    notes = notes_of(scan.image, encoder.contract)
+    if isinstance(pairs[0][0], Whole3D):
+        prepared, more, parts = pairs[0][1]
+        notes = tuple(dict.fromkeys((*notes, *prepared.notes, *more)))
+        return Encoded(scan, parts, tuple(prepared.grid), prepared.affine, notes)
+    return Encoded(scan, [found for _, found in pairs], encoder.grid, None, notes)
+
+
+def _volume_tokens(
+    encoder: Encoder, prepared: PreparedVolume, layers: tuple[int, ...]
+) -> tuple[list[Tokens], tuple[str, ...]]:
+    """Tokens of a prepared volume, in blocks where memory does not hold it at once, and what was done then."""
+    if layers != LAST:
+        return encoder.layers(prepared.image[None], layers), ()
+    tokens, notes = encode_prepared(encoder, prepared)
+    return [tokens], notes
+
+
+def _reason(broken: HilumError) -> str:
+    return str(broken) if isinstance(broken, ScanRefused) else f"contract: {broken}"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What `Encoder.encode` returns.
+
+    vectors  (M, D) one for each slice, region, or one of the scan
+    cls      (K, D') class tokens of the K slices that were encoded, or of the volume (K = 1)
+    patches  (K, rows, columns, D') patch tokens, or (k, j, i, D') of a volume encoder; None when not asked for
+    grid     tokens of a slice (rows, columns), or of a volume (k, j, i)
+    affines  (K, 4, 4) for each slice (0, row, column, 1) of a token → LPS mm; (1, 4, 4) of a volume's token grid, which
+             takes (k, j, i, 1). None when the scan has no geometry
+    slices   number of each slice in the scan; () for volume encoders
+    regions  label of each vector at level region
+    notes    what was done to this scan beside what the contract does to every scan
+    """
+
+    vectors: NDArray[np.float32]
+    cls: NDArray[np.float32]
+    patches: NDArray[Any] | None
+    grid: tuple[int, ...]
+    affines: NDArray[np.float64] | None
+    slices: tuple[int, ...]
+    regions: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def first(self) -> NDArray[np.float32]:
+        """The only vector of a scan at level volume."""
+        vector: NDArray[np.float32] = self.vectors[0]
+        return vector
+
+
+def encode_volume(
+    encoder: Encoder,
+    vol: Volume,
+    how: How,
+    *,
+    mask: Volume | None = None,
+    batch_size: int = 32,
+    keep: Keep = np.float32,
+) -> Features:
+    """One scan through an encoder, without files. ContractError when it breaks the contract."""
+    scan = Scan("scan", "", "", vol, mask)
+    (found,) = encode_scans(encoder, [scan], how, batch_size, keep=keep)
+    if found.reason:
+        raise ContractError(found.reason.removeprefix("contract: "))
+    planes = found.parts if found.affine is None else found.parts[:1]
+    tokens = _stacked(found) if keep else None
+    return Features(
+        vectors=np.stack(vectors_of(found, how)),
+        cls=np.stack([part.cls for part in planes]),
+        patches=tokens,
+        grid=found.grid,
+        affines=token_affines(found, encoder),
+        slices=tuple(part.slice for part in planes if part.slice is not None),
+        regions=tuple(part.region for part in found.parts if part.region is not None),
+        notes=found.notes,
     )
 
 
-def write_rows(path: Path, rows: Iterator[dict[str, Any]], metadata: dict[bytes, bytes], row_group: int = 2048) -> int:
-    """Stream rows into a Parquet file at `path`; returns their number. ScanRefused when there is none."""
-    first = list(islice(rows, row_group))
-    if not first:
-        raise ScanRefused("nothing_to_encode", "no scan gave a row")
-    schema = feature_schema(len(first[0]["vector"]), metadata)
-    count = 0
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        chunk = first
-        while chunk:
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-            count += len(chunk)
-            chunk = list(islice(rows, row_group))
-    return count
+def vectors_of(found: Encoded, how: How) -> list[NDArray[np.float32]]:
+    """The vectors of a scan's rows: one a part, or at level volume one alone."""
+    vectors = [part.vector for part in found.parts]
+    if how.level != "volume" or found.affine is not None:
+        return vectors
+    return [pool_slices(torch.from_numpy(np.stack(vectors)), how.across).numpy()]
+
+
+def token_affines(found: Encoded, encoder: Encoder) -> NDArray[np.float64] | None:
+    """As `Features.affines`."""
+    if found.affine is not None:
+        return found.affine[None]
+    rows, columns = encoder.grid
+    placed = [
+        slice_token_affine(found.scan.image, part.slice, (rows, columns), encoder.slice_contract)
+        for part in found.parts
+        if part.slice is not None
+    ]
+    return np.stack([affine for affine in placed if affine is not None]) if placed[0] is not None else None
+
+
+def save_patches(path: Path, found: Encoded, encoder: Encoder, facts: dict[str, str]) -> None:
+    """The patch tokens of a scan as a side file (`hilum.encode.patches`)."""
+    affines, tokens = token_affines(found, encoder), _stacked(found)
+    k, j, i = tokens.shape[:3]
+    if found.affine is not None:
+        write_patches(path, Patches(tokens, (k, j, i), found.affine, None, (), facts))
+        return
+    slices = tuple(part.slice for part in found.parts if part.slice is not None)
+    write_patches(path, Patches(tokens, (k, j, i), stack_affine(affines), affines, slices, facts))
+
+
+def _stacked(found: Encoded) -> NDArray[Any]:
+    """Patch tokens of a scan, (K, rows, columns, D) of its slices or (k, j, i, D) of the volume."""
+    planes = [part.patches for part in found.parts if part.patches is not None]
+    if found.affine is not None:
+        return planes[0].reshape(*found.grid, -1)
+    return np.stack([plane.reshape(*found.grid, -1) for plane in planes])

@@ -275,11 +275,28 @@ class ViT(nn.Module):
             arguments = (xs, rotations, *kept[2 * number : 2 * number + 2])
             recompute = self.recompute and self.training
             xs = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-        out = []
-        for x in xs:
-            x = self.norm(x)
-            out.append(Tokens(x[:, 0], x[:, 1 : self.num_prefix], x[:, self.num_prefix :]))
-        return out
+        return [self._tokens(x) for x in xs]
+
+    def layers(self, images: Tensor, numbers: Sequence[int]) -> list[Tokens]:
+        """Tokens after chosen blocks, each through the final LayerNorm (as DINOv2's get_intermediate_layers does).
+
+        numbers  of blocks, from 0 or, below 0, from the end; UsageError when there is no such block
+        """
+        depth = len(self.blocks)
+        if wrong := [n for n in numbers if not -depth <= n < depth]:
+            raise UsageError(f"no layer {wrong[0]}; this encoder has {depth}, numbered -{depth} to {depth - 1}")
+        x, grid = self._embed(images, None)
+        rotations = self._rotations([grid], x.device, None)
+        found = {}
+        for number, block in enumerate(self.blocks):
+            (x,) = block([x], rotations, None, None)
+            if number in numbers or number - depth in numbers:
+                found[number] = self._tokens(x)
+        return [found[number % depth] for number in numbers]
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        x = self.norm(x)
+        return Tokens(x[:, 0], x[:, 1 : self.num_prefix], x[:, self.num_prefix :])
 
     def _rotations(
         self,

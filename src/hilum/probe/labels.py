@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key, Kind, key_path, read_key
@@ -37,6 +38,7 @@ class Features:
 
     table    every column but the vectors, N rows
     vectors  (N, D) float32, finite
+    failed   scans that gave no vector: rows with a reason instead
     """
 
     table: pa.Table
@@ -45,6 +47,7 @@ class Features:
     model: str
     contract: str
     key_fingerprint: str
+    failed: int = 0
 
     def column(self, name: str) -> list[str]:
         return [_text(v) for v in self.table[name].to_pylist()]
@@ -101,6 +104,14 @@ def read_features(path: Path, level: str | None = None) -> Features:
     table = table.filter(pa.array([v == (level or v) for v in table["level"].to_pylist()], pa.bool_()))
     if table.num_rows == 0:
         raise LabelsError(f"{path.name} holds no features. Embed a folder that has readable scans")
+    failed = table.num_rows
+    if "reason" in table.column_names:  # tables of version 1 have no rows for failed scans
+        table = table.filter(pc.is_null(table["reason"]))
+    failed -= table.num_rows
+    if table.num_rows == 0:
+        raise LabelsError(
+            f"{path.name} holds no features, only {failed} scans that could not be encoded; see its column reason"
+        )
     models = sorted(set(table["model"].to_pylist()))
     if len(models) > 1:
         raise UsageError(
@@ -115,6 +126,7 @@ def read_features(path: Path, level: str | None = None) -> Features:
         model=models[0],
         contract=table["contract"][0].as_py(),
         key_fingerprint=str(table_metadata(table).get("key", "")),
+        failed=failed,
     )
 
 
@@ -211,6 +223,8 @@ def match_cases(
             columns[name] = features.column(name)
     index = np.array([i for i in range(count) if partner[i] >= 0 and columns[target][i]], dtype=np.intp)
     left_out["cases without a label"] = count - len(index)
+    if features.failed:
+        left_out["scans that could not be encoded"] = features.failed
     for name in wanted[1:]:
         num_empty = sum(not columns[name][i] for i in index)
         if num_empty:
