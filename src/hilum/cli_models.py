@@ -174,11 +174,21 @@ def doctor(
     model: Model,
     revision: Revision = None,
     write: Annotated[bool, typer.Option("--write", help="Trust it: store its features beside the weights.")] = False,
+    scan: Annotated[
+        Path | None, typer.Option(help="Only say how VoxelFM's own loader would show this CT, and what that changes.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Is a model still the function it was? Files, coverage, contract, and features of a phantom against stored ones."""
+    if scan is not None:
+        from hilum.encode.voxelfm_upstream import compare_upstream
+        from hilum.encode.zoo import load_encoder
+
+        found = compare_upstream(scan, load_encoder(model, revision=revision, device=device))
+        _print(found, as_json, _upstream_text(found))
+        return
     from hilum.encode.doctor import check_model
     from hilum.terminal import Reporter, wrap_row
 
@@ -195,6 +205,26 @@ def doctor(
     _print(told, as_json, "\n".join(lines))
     if told["faults"]:
         raise typer.Exit(EXIT_INPUT_REFUSED)
+
+
+def _upstream_text(found: dict[str, Any]) -> str:
+    """Ours and VoxelFM's own way side by side, a line for each thing that is known of both."""
+    from hilum.terminal import format_table
+
+    ours, theirs = found["corrected"], found["upstream"]
+    if "refused" in theirs:
+        return f"VoxelFM's own loader refuses this scan: {theirs['refused']}"
+    rows = [[name, str(ours.get(name, "")), str(theirs[name])] for name in theirs if name != "notes"]
+    lines = [format_table(["", "hilum", "VoxelFM's loader"], rows, WIDTH)]
+    if "voxels" in found:
+        v = found["voxels"]
+        lines.append(
+            f"{v['share']:.2%} of the voxels differ, by up to {v['largest_hu']:.0f} HU, {v['mean_hu']:.2f} in the mean"
+        )
+    lines.append(
+        f"cosine of the class tokens {found['cosine']['class']:.6f}, of the mean patch tokens {found['cosine']['mean']:.6f}"
+    )
+    return "\n".join(lines)
 
 
 def export(

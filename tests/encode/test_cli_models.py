@@ -10,7 +10,9 @@ import torch
 
 from hilum import cli
 from hilum.encode.doctor import check_model
+from hilum.encode.encoder import write_encoder
 from hilum.encode.vit import ViT, ViTConfig
+from hilum.encode.volume_contract import VolumeContract
 
 
 @pytest.fixture
@@ -112,6 +114,23 @@ def test_export(export, hilum, tmp_path):
     assert (code, "exists; give a new folder" in err) == (2, True)
     code, _, err = hilum("export", export, "--to", "tflite", "-o", tmp_path / "another")
     assert (code, "expected hf, onnx, torch-export" in err) == (2, True)
+
+
+def test_what_voxelfm_itself_would_see(hilum, export, tmp_path, write_ct):
+    """A bright voxel is cut at +1000 HU by VoxelFM's DICOM loader, and at +1900 by the contract."""
+    torch.manual_seed(0)
+    shape = ViTConfig(size="48x2x4-mlp192", patch=(14,) * 3, image=(28,) * 3, positions="rotary")
+    write_encoder(tmp_path / "volume", ViT(shape), VolumeContract(), {})
+    voxels = np.full((30, 30, 30), 40, np.int16)
+    voxels[15, 15, 15] = 1500
+    voxels[:3] = -1000
+    scan = write_ct("ct", voxels, np.array([[0, 0, 1.0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]))
+    code, out, err = hilum("doctor", tmp_path / "volume", "--scan", scan)
+    assert code == 0, err
+    assert "[-1000.0, 1500.0]" in out
+    assert "[-1000.0, 1000.0]" in out
+    assert "by up to 500 HU" in out
+    assert hilum("doctor", export, "--scan", scan)[0] == 3
 
 
 def test_models_as_json(hilum, tmp_path, monkeypatch):
