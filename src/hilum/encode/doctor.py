@@ -12,12 +12,13 @@ from hilum.encode.golden import (
     changed_tensors,
     compare_vectors,
     golden_features,
+    is_exact,
     read_golden,
     write_golden,
 )
 from hilum.encode.models import is_pulled
 from hilum.encode.zoo import locate, open_folder
-from hilum.errors import ContractError
+from hilum.errors import ContractError, InputError
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress, few
 
@@ -43,7 +44,7 @@ def check_model(
     try:
         encoder = open_folder(folder, device)
         golden = None if write else read_golden(folder)
-    except ContractError as error:
+    except (ContractError, InputError) as error:
         return {
             "model": name,
             "checks": [["load", "fault", str(error)]],
@@ -102,7 +103,8 @@ def _compare(encoder: Encoder, golden: dict[str, Any]) -> list[list[str]]:
             continue
         told = compare_vectors(found[name], stored)
         detail = f"{_MEANING[told['verdict']]} (cosine {told['cosine']:.7f}, difference {told['difference']:.2g})"
-        rows.append([name, _RESULT[told["verdict"]], detail])
+        narrow = "fault" if is_exact(encoder, golden) else "note"
+        rows.append([name, {**_RESULT, "narrow type": narrow}[told["verdict"]], detail])
     if any(result == "fault" for _, result, _ in rows):
         made = golden["versions"]
         rows.append(
@@ -121,7 +123,7 @@ _MEANING = {
     "narrow type": "near, as in a narrower type such as bfloat16",
     "another function": "not the same function",
 }
-_RESULT = {"identical": "good", "rounding": "good", "narrow type": "note", "another function": "fault"}
+_RESULT = {"identical": "good", "rounding": "good", "another function": "fault"}
 
 
 def _images_per_s(encoder: Encoder) -> float | None:
