@@ -49,6 +49,25 @@ def test_what_is_there_needs_no_network(hub, monkeypatch):
     assert caught.value.exit_code == 6
 
 
+def test_a_whole_folder_may_be_read_only(hub, monkeypatch):
+    pull("dinov2-small")
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(module, "hold", refuse)
+    assert pull("dinov2-small")["fetched"] is False
+
+
+def test_only_rests_of_its_own_are_removed(hub, tmp_path):
+    old, other = tmp_path / f".dino.{'a' * 40}.part", tmp_path / f".dino.large.{'a' * 40}.part"
+    old.mkdir()
+    other.mkdir()
+    pull("dinov2-small", out=tmp_path / "dino")
+    assert not old.exists()
+    assert other.exists()
+
+
 def test_a_changed_file_is_refused(hub):
     folder = Path(pull("dinov2-small")["folder"])
     verify(folder)

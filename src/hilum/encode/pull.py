@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,13 +82,11 @@ def pull(
     folder = Path(out) if out is not None else model_folder(name, revision)
     released, repo = find_released(name), repo_of(name)
     asked = revision or (released.revision if released else "main")
+    if is_pulled(folder):  # needs no lock, which a folder shared read-only could not have
+        return _left_alone(folder, repo, asked)
     with hold(folder.parent / f".{folder.name}.lock", str(folder)):
         if is_pulled(folder):
-            record = read_pull(folder)
-            if (record["repo"], record["asked"]) != (repo, asked):
-                raise UsageError(f"{folder} holds {record['repo']} at {record['asked']}; choose another --out")
-            verify(folder)
-            return {**record, "folder": str(folder), "fetched": False}
+            return _left_alone(folder, repo, asked)
         if folder.exists():
             raise UsageError(f"{folder} exists and was not made by hilum pull; choose another --out")
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -95,6 +94,15 @@ def pull(
         with _explained(repo, asked):
             record = _fetch(name, repo, asked, folder, progress)
     return {**record, "folder": str(folder), "fetched": True}
+
+
+def _left_alone(folder: Path, repo: str, asked: str) -> dict[str, Any]:
+    """The record of a whole folder, checked."""
+    record = read_pull(folder)
+    if (record["repo"], record["asked"]) != (repo, asked):
+        raise UsageError(f"{folder} holds {record['repo']} at {record['asked']}; choose another --out")
+    verify(folder)
+    return {**record, "folder": str(folder), "fetched": False}
 
 
 def _fetch(name: str, repo: str, asked: str, folder: Path, progress: Progress | None) -> dict[str, Any]:
@@ -132,8 +140,9 @@ def _fetch(name: str, repo: str, asked: str, folder: Path, progress: Progress | 
     }
     write_json(part / RECORD, record)
     os.rename(part, folder)
-    for old in folder.parent.glob(f".{folder.name}.*.part"):  # of other commits
-        shutil.rmtree(old, ignore_errors=True)
+    for old in folder.parent.iterdir():  # of other commits
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{40}}\.part", old.name):
+            shutil.rmtree(old, ignore_errors=True)
     return record
 
 
