@@ -153,6 +153,7 @@ def test_an_index_never_leaves_its_folder(tmp_path):
         b"nothing",
         b'{"weight_map": {"a": "../b"}}',
         b'{"weight_map": {"a": "/b"}}',
+        b'{"weight_map": {"a": ".."}}',
         b'{"weight_map": 3}',
     ):
         with pytest.raises(ContractError, match="no index of shards"):
