@@ -197,6 +197,16 @@ def test_free_memory_is_a_number_of_this_machine():
     assert 1 << 20 < free < 1 << 50
 
 
+def test_files_in_the_cache_of_a_container_are_free_memory(tmp_path):
+    assert chunks._free_in_container(tmp_path) == 1 << 62
+    (tmp_path / "memory.max").write_text("16000\n")
+    (tmp_path / "memory.current").write_text("15500\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\nfile 12500\nshmem 500\ninactive_file 10000\nactive_file 2000\n")
+    assert chunks._free_in_container(tmp_path) == 16000 - 3000 - 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert chunks._free_in_container(tmp_path) == 1 << 62
+
+
 CODE = """
 import json, resource, sys, torch
 from hilum.encode.encoder import Encoder

@@ -179,10 +179,18 @@ def available_memory(device: torch.device) -> int:
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free.append(int(lines["MemAvailable"].split()[0]) << 10)
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        free.append(int(limit) - int((group / "memory.current").read_text()))
+    free.append(_free_in_container(Path("/sys/fs/cgroup")))
     return max(min(free), 0)
+
+
+def _free_in_container(group: Path) -> int:
+    """Bytes below the limit of a control group (version 2). Its files in the page cache count as used, but make way when memory
+    is asked for, so they are free here, as in MemAvailable."""
+    if not (group / "memory.max").is_file() or (limit := (group / "memory.max").read_text().strip()) == "max":
+        return 1 << 62
+    lines = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cached = int(lines["active_file"]) + int(lines["inactive_file"])
+    return int(limit) - int((group / "memory.current").read_text()) + cached
 
 
 def is_out_of_memory(error: BaseException) -> bool:
