@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import Encoder, pixel_encoder, read_encoder, read_model_config
+from hilum.encode.encoder import Encoder, pick_device, pixel_encoder, read_encoder, read_model_config
 from hilum.encode.pooling import pool
 from hilum.encode.vit import Tokens
 from hilum.encode.zoo import load_encoder
@@ -127,6 +127,23 @@ def test_a_folder_that_is_no_encoder(tmp_path):
     for name in (str(tmp_path / "file"), str(tmp_path / "absent"), "dinov9"):
         with pytest.raises(UsageError, match=r"no encoder '.*'; expected a folder .* or one of: pixels, random:MODEL"):
             load_encoder(name)
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta"])
+def test_devices_that_torch_knows_and_hilum_does_not(export, name):
+    with pytest.raises(UsageError, match=f"device '{name}' is none that hilum runs on; expected auto, cpu, cuda or cuda:N"):
+        load_encoder(str(export), device=name)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="device 'cuda:2' is not there; torch sees 2, cuda:0 to cuda:1"):
+        pick_device("cuda:2")
 
 
 # ---- baselines
