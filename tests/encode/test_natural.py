@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hilum.encode.contract import prepare_slice
+from hilum.encode.contract import Contract, prepare_slice
+from hilum.encode.curia import curia_contract
 from hilum.encode.natural import processor_contract, read_natural, read_processor
 from hilum.errors import ContractError
 
@@ -120,7 +121,9 @@ def test_mr_and_images_by_percentiles(tmp_path):
         ({"do_rescale": False}, "do_rescale is False"),
         ({"do_pad": True}, "do_pad is True"),
         ({"rescale_factor": 1.0}, "rescale_factor is 1.0; expected 1/255"),
+        ({"rescale_factor": None}, "rescale_factor is None; expected 1/255"),
         ({"resample": 1}, "resample is 1; expected 2"),
+        ({"size": [40, 40]}, "gives no square"),
         ({"image_mean": None}, "image_mean is None"),
         ({"do_center_crop": False}, "gives no square of one size"),
         ({"crop_size": {"height": 32, "width": 30}}, "gives no square"),
@@ -132,6 +135,18 @@ def test_mr_and_images_by_percentiles(tmp_path):
 def test_processors_that_cannot_be_followed(changes, message):
     with pytest.raises(ContractError, match=message):
         read_processor(DINOV2 | changes, "preprocessor_config.json")
+
+
+def test_a_processor_that_is_no_table():
+    with pytest.raises(ContractError, match="holds no table of settings"):
+        read_processor([], "preprocessor_config.json")
+    with pytest.raises(ContractError, match="holds no table of settings"):
+        curia_contract([])
+
+
+def test_a_standard_deviation_of_zero_is_refused():
+    with pytest.raises(ContractError, match=r"std is \(0\.2, 0\.0, 0\.2\); expected numbers above 0"):
+        Contract(normalise="constants", mean=(0.0,) * 3, std=(0.2, 0.0, 0.2), channels=3)
 
 
 def test_forms_of_a_size():

@@ -78,6 +78,8 @@ class Contract:
             )
         if self.normalise == "constants" and not len(self.mean) == len(self.std) == self.channels:
             raise ContractError(f"constants for {self.channels} channels expected; found {self.mean} and {self.std}")
+        if self.normalise == "constants" and min(self.std) <= 0:
+            raise ContractError(f"std is {self.std}; expected numbers above 0")
         if self.normalise == "volume" and not self.normalise_last:
             raise ContractError("statistics of the volume are taken at the network's size; set normalise_last")
         if self.fit == "crop" and self.short_px < self.size_px:

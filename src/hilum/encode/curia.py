@@ -40,6 +40,8 @@ def curia_contract(
 
     ContractError names settings that are unknown, of another processor, or that this contract cannot keep.
     """
+    if not isinstance(preprocessor_config, dict):
+        raise ContractError("preprocessor_config.json holds no table of settings; expected those of a Curia release")
     config = _SETTINGS | preprocessor_config
     faults = [f"unknown setting {name}" for name in sorted(config.keys() - _SETTINGS.keys() - set(_NAMES))]
     kind = config.get("image_processor_type", PROCESSOR)

@@ -74,6 +74,8 @@ def processor_contract(folder: Path) -> Contract:
 
 def read_processor(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields of a contract that an image processor of transformers decides. ContractError lists what cannot be followed."""
+    if not isinstance(config, Mapping):
+        raise ContractError(f"{where} holds no table of settings; expected those of an image processor")
     faults = []
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type"))).removesuffix("Fast")
     if kind not in PROCESSORS:
@@ -81,8 +83,9 @@ def read_processor(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, wanted in (("do_resize", True), ("do_rescale", True), ("do_pad", False), ("do_pan_and_scan", False)):
         if bool(config.get(name, wanted) or False) != wanted:
             faults.append(f"{name} is {config[name]}")
-    if abs(255 * config.get("rescale_factor", 1 / 255) - 1) > 1e-4:
-        faults.append(f"rescale_factor is {config['rescale_factor']}; expected 1/255")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(255 * factor - 1) > 1e-4:
+        faults.append(f"rescale_factor is {factor}; expected 1/255")
     if config.get("resample") not in _RESAMPLING:
         faults.append(f"resample is {config.get('resample')}; expected 2 (bilinear) or 3 (bicubic)")
     mean, std = config.get("image_mean"), config.get("image_std")
@@ -103,6 +106,8 @@ def _sized(config: Mapping[str, Any]) -> dict[str, Any] | None:
     size, crop = config.get("size"), config.get("crop_size") if config.get("do_center_crop") else None
     size = {"height": size, "width": size} if isinstance(size, int) else size or {}
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop or {}
+    if not isinstance(size, Mapping) or not isinstance(crop, Mapping):
+        return None
     side = crop.get("height")
     if "shortest_edge" in size:
         square = side is not None and side == crop.get("width") and side <= size["shortest_edge"]
