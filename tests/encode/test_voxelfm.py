@@ -16,6 +16,8 @@ from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.voxelfm import read_voxelfm, write_voxelfm
 from hilum.encode.weights import hash_tensors
 from hilum.errors import ContractError, UsageError
+from hilum.records import write_json
+from hilum.settings import to_dict
 
 WIDTH, DEPTH, HEADS, HIDDEN, PATCH = 48, 2, 4, 192, 2
 SETTINGS: dict[str, Any] = {
@@ -152,6 +154,31 @@ def test_report_and_contract(tmp_path):
     assert report["num_tensors"] == 36
     assert report["used"] + sum(report["transformed"].values()) == 36
     assert report["zeros"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_of_a_narrow_type(dtype, tmp_path):
+    """VoxelFM's own periods, not rounded to a power of ten as in the fixture: 100^(i/12)."""
+    config = ViTConfig(size="864x1x12-mlp864", patch=(2, 2, 2), image=(4, 4, 4), positions="rotary", norm_eps=1e-5)
+    write_voxelfm(ViT(config), VolumeContract(patch=(2, 2, 2)), tmp_path)
+    path = tmp_path / "checkpoints" / "model.pth"
+    teacher = torch.load(path)["teacher"]
+    torch.save({"teacher": {name: tensor.to(dtype) for name, tensor in teacher.items()}}, path)
+    model, _, report = read_voxelfm(tmp_path)
+    assert report["transformed"][f"{dtype} read as float32".removeprefix("torch.")] == len(teacher)
+    assert torch.equal(model.norm.weight, teacher["backbone.norm.weight"].to(dtype).float())
+
+
+def test_a_contract_beside_says_what_config_yaml_cannot(tmp_path):
+    contract = VolumeContract(patch=(2, 2, 2), max_patches=99, pooling="mean")
+    config = ViTConfig(size="48x1x2-mlp96", patch=(2, 2, 2), image=(4, 4, 4), positions="rotary", norm_eps=1e-5)
+    write_voxelfm(ViT(config), contract, tmp_path)
+    assert read_voxelfm(tmp_path)[1] == VolumeContract(patch=(2, 2, 2))
+    write_json(tmp_path / "contract.json", to_dict(contract))
+    assert read_voxelfm(tmp_path)[1] == contract
+    write_json(tmp_path / "contract.json", to_dict(contract) | {"mean": 0.0, "clip_hu": [-1000.0, 900.0]})
+    with pytest.raises(ContractError, match=r"config\.yaml beside it differ in clip_hu, mean"):
+        read_voxelfm(tmp_path)
 
 
 def test_a_download_with_the_folder_inside(tmp_path):

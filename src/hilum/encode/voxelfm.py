@@ -22,7 +22,8 @@ from hilum.encode.vit import ViT
 from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.weights import account
 from hilum.errors import ContractError, UsageError
-from hilum.records import write_atomic, write_text
+from hilum.records import read_json, write_atomic, write_text
+from hilum.settings import from_dict
 
 _HEADS = ("dino_head.", "ibot_head.")
 _PERIODS = "rope_embed.periods"
@@ -41,8 +42,8 @@ _FIXED = {"qkv_bias": True, "proj_bias": True, "ffn_bias": True}  # what our tra
 def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
     """The encoder of a folder that holds config.yaml and one checkpoint; or of a download with such a folder `vitb_3d`.
 
-    returns  transformer, contract (normalisation and range from config.yaml), report (as `Weights.report`, and `heads`: what
-             was left out by name)
+    returns  transformer, contract (normalisation and range from config.yaml; all of it from contract.json in an export of
+             ours), report (as `Weights.report`, and `heads`: what was left out by name)
 
     Raises UsageError when there is no config.yaml or not exactly one checkpoint, ContractError when the config says what is
     missing here or tensors do not fit it.
@@ -52,6 +53,8 @@ def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
         folder = folder / "vitb_3d"
     settings = _read_settings(folder / "config.yaml")
     config, contract = _config(settings), _contract(settings)
+    if (folder / "contract.json").is_file():  # of `hilum export`: says what config.yaml has no place for
+        contract = _whole_contract(folder / "contract.json", contract)
     path = _checkpoint(folder)
     teacher = _read_teacher(path)
     heads = sorted(name for name in teacher if name.startswith(_HEADS))
@@ -208,6 +211,15 @@ def _contract(settings: _Settings) -> VolumeContract:
     return VolumeContract(clip_hu=(low, high), patch=(patch, patch, patch), mean=mean, std=std)
 
 
+def _whole_contract(path: Path, said: VolumeContract) -> VolumeContract:
+    """The contract of contract.json, which must agree with what config.yaml says."""
+    contract = from_dict(VolumeContract, read_json(path), str(path))
+    both = ("clip_hu", "patch", "mean", "std")
+    if other := [name for name in both if getattr(contract, name) != getattr(said, name)]:
+        raise ContractError(f"{path} and config.yaml beside it differ in {', '.join(other)}; export the encoder again")
+    return contract
+
+
 # ---- tensors
 
 
@@ -251,7 +263,10 @@ def _periods(config: ViTConfig) -> Tensor:
 
 def _check_periods(tensors: Mapping[str, Tensor], config: ViTConfig, path: Path) -> None:
     ours, theirs = _periods(config), tensors.get(_PERIODS)
-    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, rtol=1e-3, atol=0):
+    digits = 1e-3
+    if theirs is not None and theirs.is_floating_point():
+        digits = max(digits, torch.finfo(theirs.dtype).eps)  # of a file in bfloat16
+    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, rtol=digits, atol=0):
         found = "no" if theirs is None else theirs.tolist()
         raise ContractError(f"{path} has {found} rotary periods ({_PERIODS}); expected {ours.tolist()}")
 
