@@ -94,6 +94,13 @@ def test_only_contracts_of_curia_get_its_processor(tmp_path):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
+def test_three_channels_without_transformers(tmp_path, monkeypatch):
+    save(tmp_path / "model", {"channels": 3}, Contract(size_px=64, channels=3))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    assert export(tmp_path / "model", tmp_path / "out", "hf")["checked_with"] == "hilum"
+
+
 def test_without_transformers_our_reader_checks(tmp_path, monkeypatch):
     encoder = save(tmp_path / "model", *CASES["Curia's form"])
     find = importlib.util.find_spec

@@ -143,7 +143,7 @@ def _write_hf(encoder: Encoder, folder: Path, images: Tensor) -> Loaded:
     if settings is not None:
         write_json(folder / "preprocessor_config.json", settings)
     if importlib.util.find_spec("transformers") is None:
-        weights = read_weights(folder)
+        weights = read_weights(folder, channels=None)
         again = ViT(weights.config).eval()
         again.load_state_dict(weights.state)
         return "hilum", lambda images: in_sequence(again(images))
