@@ -134,7 +134,9 @@ def test_a_folder_that_is_no_encoder(tmp_path):
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta"])
 def test_devices_that_torch_knows_and_hilum_does_not(export, name):
-    with pytest.raises(UsageError, match=f"device '{name}' is none that hilum runs on; expected auto, cpu, cuda or cuda:N"):
+    with pytest.raises(
+        UsageError, match=f"device '{name}' is none that hilum runs on; expected auto, cpu, cuda or cuda:N"
+    ):
         load_encoder(str(export), device=name)
 
 

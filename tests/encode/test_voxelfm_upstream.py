@@ -181,6 +181,17 @@ def test_what_their_loader_refuses(tmp_path, write_ct, encoder):
     np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
     with pytest.raises(ContractError, match=r"shape \(4, 4\)"):
         read_upstream(tmp_path / "flat.npy")
+    for name in ("a.nii.gz", "a.npy", "a.mhd"):
+        with pytest.raises(UsageError, match=f"'{name}' is not there"):
+            read_upstream(tmp_path / name)
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(ContractError, match="VoxelFM's loader fails: the scan cannot be read"):
+            read_upstream(tmp_path / name)
+    cut = write_ct("cut", anatomy(), affine)
+    one = min(cut.iterdir())
+    one.write_bytes(one.read_bytes()[:-100])
+    with pytest.raises(ContractError, match="the scan cannot be read"):
+        read_upstream(cut)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("no scan")
     with pytest.raises(InputError, match="no scan"):

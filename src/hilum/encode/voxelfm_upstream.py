@@ -28,7 +28,7 @@ from hilum.archive.privacy import read_key
 from hilum.archive.scan import find
 from hilum.encode.encoder import Encoder
 from hilum.encode.volume_contract import PreparedVolume, VolumeContract, check_range, fit_volume, prepare_volume
-from hilum.errors import ContractError, InputError, UsageError
+from hilum.errors import ContractError, HilumError, InputError, UsageError
 from hilum.volume import FloatArray, Spacing, Volume, orient
 
 _CLIP, _CLIP_DICOM = (-1000.0, 1900.0), (-1000.0, 1000.0)
@@ -54,7 +54,14 @@ def read_upstream(path: str | Path) -> Upstream:
     readers = {".nii": _read_nifti, ".gz": _read_nifti, ".mhd": _read_mhd, ".npy": _read_npy}
     if not path.is_dir() and path.suffix.lower() not in readers:
         raise UsageError(f"VoxelFM's loader reads DICOM folders, .nii, .nii.gz, .mhd and .npy; found '{path.name}'")
-    found = _read_dicom(path) if path.is_dir() else readers[path.suffix.lower()](path)
+    if not path.exists():
+        raise UsageError(f"'{path.name}' is not there")
+    try:
+        found = _read_dicom(path) if path.is_dir() else readers[path.suffix.lower()](path)
+    except (HilumError, MemoryError):
+        raise
+    except Exception as error:  # pydicom, nibabel, SimpleITK and NumPy raise whatever a file brings them to
+        raise ContractError(f"VoxelFM's loader fails: the scan cannot be read ({type(error).__name__})") from error
     if found.voxels.ndim != 3 or min(found.spacing_mm) <= 0:
         raise ContractError(
             f"VoxelFM's loader fails: shape {found.voxels.shape}, spacing {found.spacing_mm} mm; it needs three of each"
@@ -156,10 +163,7 @@ def _read_dicom(folder: Path) -> Upstream:
     else:
         raise ContractError("VoxelFM's loader fails: the slices have neither positions nor numbers")
     first = slices[0]
-    try:
-        voxels = np.stack([d.pixel_array for d in slices]).astype(np.float32)
-    except ValueError as error:
-        raise ContractError(f"VoxelFM's loader fails: {error}") from None
+    voxels = np.stack([d.pixel_array for d in slices]).astype(np.float32)
     voxels = voxels * float(getattr(first, "RescaleSlope", 1)) + float(getattr(first, "RescaleIntercept", 0))
     heights = [float(d.ImagePositionPatient[2]) for d in slices] if positions else []
     if hasattr(first, "SpacingBetweenSlices"):
