@@ -13,7 +13,7 @@ from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
-from hilum.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
+from hilum.errors import EXIT_BUG, EXIT_INPUT_REFUSED, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
 
 app = typer.Typer(
     add_completion=False,
@@ -56,6 +56,12 @@ def main() -> None:
         sys.exit(7)
     except BrokenPipeError:
         sys.exit(0)  # `hilum … | head` is no fault
+    except PermissionError as error:
+        print(
+            f"hilum: '{error.filename}' may not be read or written by you; change that, or choose another",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_INPUT_REFUSED)
     except Exception:
         traceback.print_exc()
         print("hilum: this is a bug of ours; please report the lines above", file=sys.stderr)

@@ -23,7 +23,7 @@ class Released:
     repo            Hugging Face id
     revision        commit where the facts name one, else "main"; `hilum pull` records the commit that it got
     files           what is needed of the repository; of model.safetensors in shards, those with tensors of `part`
-    part            beginning of the names of the tensors that are read, "" for all
+    part            what stands in the names of the tensors that are read, "" for all
     code_licence    of the authors' code (hilum holds none of it); `weights_licence`: of the weights
     gated           weights are handed out after a request on the repository's page, with a token
     num_parameters  of the encoder alone

@@ -10,6 +10,7 @@ from typing import Any
 
 from hilum.encode.contract import Contract
 from hilum.encode.models import find_released, slice_contract
+from hilum.encode.pull import read_pull
 from hilum.encode.vit import ViT
 from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError
@@ -61,8 +62,8 @@ def processor_contract(folder: Path) -> Contract:
     """
     path, values = folder / "preprocessor_config.json", slice_contract()
     released = None
-    if (folder / "pull.json").is_file():
-        released = find_released(str(read_json(folder / "pull.json").get("repo")))
+    if pulled := read_pull(folder):
+        released = find_released(str(pulled.get("repo")))
     if released is not None:
         values = dict(released.contract)
     if path.is_file():
