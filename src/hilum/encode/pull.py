@@ -57,7 +57,7 @@ def verify(folder: Path) -> None:
         if not file.is_file():
             wrong.append(f"{path} is missing")
         elif (size := file.stat().st_size) != facts.get("size"):
-            wrong.append(f"{path} has {size:,} bytes, expected {facts.get('size')}")
+            wrong.append(f"{path} has {size:,} bytes, expected {facts.get('size', 0):,}")
         elif _sha256(file) != facts.get("sha256"):
             wrong.append(f"{path} has changed")
     if wrong:
