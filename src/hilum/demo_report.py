@@ -18,8 +18,9 @@ from hilum.archive.privacy import Key
 from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
 from hilum.encode.contract import normalise_slice, prepare_slice
-from hilum.encode.encoder import Encoder, read_encoder
+from hilum.encode.encoder import Encoder
 from hilum.encode.sources import read_mask_table
+from hilum.encode.zoo import open_folder
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices
 from hilum.pretrain.loop import contract_of, read_lines
@@ -74,7 +75,7 @@ def write_report(
     _add_views(page, store, recipe)
     _add_masks(page, examples, recipe)
     _add_curves(page, out)
-    encoder = read_encoder(out / "run" / "export")
+    encoder = open_folder(out / "run" / "export")
     _add_maps(page, encoder, examples)
     _add_record(page, recipe, encoder, record)
     page.write(path)

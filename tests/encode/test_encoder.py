@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import Encoder, pick_device, pixel_encoder, read_encoder, read_model_config
+from hilum.encode.encoder import Encoder, pick_device, pixel_encoder, read_model_config
 from hilum.encode.pooling import pool
 from hilum.encode.vit import Tokens
-from hilum.encode.zoo import load_encoder
+from hilum.encode.zoo import load_encoder, open_folder
 from hilum.errors import ContractError, HilumError, InputError, UsageError
 
 
@@ -23,7 +23,7 @@ def some_images(size: int = 32, num: int = 2) -> torch.Tensor:
 
 
 def test_a_loaded_encoder_gives_the_same_bits(export, vit):
-    encoder = read_encoder(export)
+    encoder = open_folder(export)
     with torch.inference_mode():
         wanted = vit(some_images())
     for a, b in zip(encoder.tokens(some_images()), wanted):
@@ -63,40 +63,40 @@ def test_a_cut_weights_file(export):
     path = export / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ContractError, match=r"model\.safetensors cannot be read as safetensors"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_an_absent_weights_file(export):
     (export / "model.safetensors").unlink()
     with pytest.raises(ContractError, match=r"model\.safetensors cannot be read as safetensors"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_a_missing_tensor(export):
     change_weights(export, lambda state: state.pop("norm.bias"))
     with pytest.raises(
-        ContractError, match=r"1 of \d+ tensors do not fit the config \(norm\.bias: expected \(96,\), found None"
+        ContractError, match=r"1 tensors do not fit: norm\.bias: missing, expected \(96,\)"
     ):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_a_tensor_of_another_shape(export):
     change_weights(export, lambda state: state.update({"cls_token": torch.zeros(1, 1, 95)}))
     with pytest.raises(ContractError, match=r"cls_token: expected \(1, 1, 96\), found \(1, 1, 95\)"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_a_tensor_too_many(export):
     change_weights(export, lambda state: state.update({"extra": torch.zeros(2)}))
-    with pytest.raises(ContractError, match=r"extra: expected None, found \(2,\)"):
-        read_encoder(export)
+    with pytest.raises(ContractError, match=r"extra: no place for it"):
+        open_folder(export)
 
 
 def test_another_version(export):
     record = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**record, "version": 2}))
     with pytest.raises(ContractError, match="hilum-encoder version 2; this hilum reads hilum-encoder version 1"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_unknown_settings_in_the_config(export):
@@ -104,20 +104,20 @@ def test_unknown_settings_in_the_config(export):
     record["vit"]["window"] = 7
     (export / "config.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match=r"unknown setting window"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_a_config_without_its_parts(export):
     """Foreign or half-written files end in an error of ours, not in a KeyError."""
     (export / "config.json").write_text(json.dumps({"format": "hilum-encoder", "version": 1}))
     with pytest.raises(HilumError, match=r"config\.json"):
-        read_encoder(export)
+        open_folder(export)
     (export / "config.json").write_text("[1, 2]")
     with pytest.raises(HilumError, match=r"config\.json"):
-        read_encoder(export)
+        open_folder(export)
     (export / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json cannot be read as JSON"):
-        read_encoder(export)
+        open_folder(export)
 
 
 def test_a_folder_that_is_no_encoder(tmp_path):
@@ -157,7 +157,7 @@ def test_random_weights_follow_the_seed_and_leave_global_randomness_alone(export
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
-    trained = read_encoder(export)
+    trained = open_folder(export)
     assert not torch.equal(trained.tokens(some_images()).cls, outs[0])
     random = load_encoder(f"random:{export}")
     assert random.name == "random-nano"
@@ -202,7 +202,7 @@ def test_a_region_is_the_weighted_mean_of_its_patches():
 
 
 def test_half_precision_gives_nearly_the_same_tokens(export):
-    encoder, half = read_encoder(export), read_encoder(export)
+    encoder, half = open_folder(export), open_folder(export)
     half = Encoder(half.network, half.contract, "half", patch=half.patch, precision="bfloat16")
     for a, b in zip(encoder.tokens(some_images()), half.tokens(some_images())):
         assert b.dtype == torch.float32

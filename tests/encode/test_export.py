@@ -14,12 +14,12 @@ import torch
 from hilum.encode import export as module
 from hilum.encode.contract import Contract
 from hilum.encode.curia import curia_contract, read_curia
-from hilum.encode.encoder import Encoder, read_encoder, write_encoder
+from hilum.encode.encoder import Encoder, write_encoder
 from hilum.encode.export import export, phantom_images
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.weights import read_weights
-from hilum.encode.zoo import load_encoder
+from hilum.encode.zoo import load_encoder, open_folder
 from hilum.errors import ContractError, UsageError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,7 +39,7 @@ def save(folder: Path, changes: dict, contract) -> Encoder:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     write_encoder(folder, model, contract, {"recipe": "test", "step": 1})
-    return read_encoder(folder)
+    return open_folder(folder)
 
 
 @pytest.fixture(params=CASES)
@@ -89,7 +89,7 @@ def test_only_contracts_of_curia_get_its_processor(tmp_path):
         assert settings.exists() == (name == "Curia's form")
     model, contract, _ = read_curia(tmp_path / "Curia's form out")
     assert contract == CASES["Curia's form"][1]
-    original = read_encoder(tmp_path / "Curia's form")
+    original = open_folder(tmp_path / "Curia's form")
     for name, tensor in original.network.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
 from hilum.encode.doctor import check_model
-from hilum.encode.encoder import Encoder, read_encoder
+from hilum.encode.encoder import Encoder
 from hilum.encode.golden import compare_vectors, golden_features, phantom_scans, read_golden, write_golden
 from hilum.encode.models import MODELS, model_folder
 from hilum.encode.vit import ViT, ViTConfig
@@ -142,7 +142,7 @@ def test_a_changed_file_of_a_pulled_model_is_refused(released):
 
 def test_a_hilum_folder_has_a_report(export):
     encoder = load_encoder(str(export))
-    assert encoder.name == read_encoder(export).name
+    assert encoder.name == open_folder(export).name
     assert encoder.report["layout"] == "hilum encoder"
     assert encoder.report["used"] == encoder.report["num_tensors"]
 
@@ -182,7 +182,7 @@ def test_our_own_in_the_layout_of_transformers(released, export):
     contract = {**json.loads((export / "contract.json").read_text()), "channels": 3}
     (released / "contract.json").write_text(json.dumps(contract))
     encoder = load_encoder(str(released))
-    assert encoder.contract == read_encoder(export).contract.__class__(size_px=32, channels=3)
+    assert encoder.contract == open_folder(export).contract.__class__(size_px=32, channels=3)
     assert encoder.report["layout"] == "transformers dinov2"
 
 
@@ -251,7 +251,7 @@ def test_the_phantom_is_one_and_the_same():
 def test_golden_features_are_what_the_tokens_say(export):
     from hilum.encode.contract import prepare_slice
 
-    encoder = read_encoder(export)
+    encoder = open_folder(export)
     features = golden_features(encoder)
     assert set(features) == {"CT slice", "CT volume", "MR slice"}
     ct = phantom_scans()["CT"].voxels[3::6]
@@ -266,7 +266,7 @@ def test_a_good_encoder(export):
     told = check_model(str(export), write=True)
     assert told["faults"] == 0
     assert read_golden(export)["features"]["CT slice"][:2] == pytest.approx(
-        golden_features(read_encoder(export))["CT slice"][:2]
+        golden_features(open_folder(export))["CT slice"][:2]
     )
     told = check_model(str(export))
     assert told["faults"] == 0

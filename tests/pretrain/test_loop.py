@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.doctor import check_model
-from hilum.encode.encoder import read_encoder
+from hilum.encode.zoo import open_folder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop
 from hilum.pretrain.distill import StepResult
@@ -113,7 +113,7 @@ def test_the_run_folder_explains_itself(small, store_path, tmp_path):
         0
     ].keys()
     assert "rank" not in lines[1]  # health_every
-    encoder = read_encoder(tmp_path / "run" / "export")
+    encoder = open_folder(tmp_path / "run" / "export")
     state = last_tensors(tmp_path / "run")
     for name, tensor in encoder.network.state_dict().items():
         assert torch.equal(tensor, state[f"learner.teacher.backbone.{name}"])

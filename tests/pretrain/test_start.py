@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import read_encoder, write_encoder
+from hilum.encode.encoder import write_encoder
 from hilum.encode.vit import ViT, ViTConfig
+from hilum.encode.zoo import open_folder
 from hilum.errors import CheckpointError, UsageError
 from hilum.pretrain.checkpoint import last_checkpoint, read_learner
 from hilum.pretrain.distill import Learner
@@ -47,7 +48,7 @@ def test_a_stage_without_training_exports_what_the_transformer_does_at_that_size
     record = pretrain(
         twice(recipe, start_from=str(out), run=replace(recipe.run, steps=0)), store_path, tmp_path / "run"
     )
-    before, after = read_encoder(out / "export"), read_encoder(tmp_path / "run" / "export")
+    before, after = open_folder(out / "export"), open_folder(tmp_path / "run" / "export")
     assert before.grid == (4, 4)
     assert after.grid == (8, 8)
     images = torch.randn(2, 1, 64, 64)

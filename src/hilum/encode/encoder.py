@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -199,25 +198,6 @@ def write_encoder(folder: Path, model: ViT, contract: AnyContract, facts: dict[s
     write_text(folder / "README.md", _card(model, contract, facts))
     record = {"format": "hilum-encoder", "version": 1, "vit": to_dict(model.config), "versions": versions(), **facts}
     write_json(folder / "config.json", record)  # last: its presence says the export is whole
-
-
-def read_encoder(folder: Path, device: str = "cpu") -> Encoder:
-    """Load an exported encoder. Every tensor must be there and fit, or ContractError says which does not."""
-    config, contract = read_model_config(folder)
-    model = ViT(config)
-    path = folder / "model.safetensors"
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ContractError(f"{path} cannot be read as safetensors: {error}") from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
-    if wrong:
-        shown = "; ".join(f"{n}: expected {wanted.get(n)}, found {shapes.get(n)}" for n in wrong[:5])
-        raise ContractError(f"{path}: {len(wrong)} of {len(wanted)} tensors do not fit the config ({shown})")
-    model.load_state_dict(found)
-    return Encoder(model, contract, model_name(folder), patch=config.patch, device=device)
 
 
 def read_model_config(folder: Path) -> tuple[ViTConfig, AnyContract]:
