@@ -47,7 +47,7 @@ def embed(
 
     with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
         if model.startswith("y_hat:"):
-            result = _take_y_hat(source, model.removeprefix("y_hat:"), out)
+            result = _take_y_hat(source, model.removeprefix("y_hat:"), out, form)
         else:
             from hilum.encode.embed import embed as run
 
@@ -72,10 +72,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
         raise UsageError(f"layers '{text}' are no numbers; expected last, or blocks such as -1,-4") from None
 
 
-def _take_y_hat(folder: str, name: str, out: Path) -> dict[str, Any]:
+def _take_y_hat(folder: str, name: str, out: Path, form: str | None) -> dict[str, Any]:
     from hilum.encode.outputs import import_y_hat
 
-    return import_y_hat(folder, out, model=name)
+    return import_y_hat(folder, out, model=name, form=form)
 
 
 def _text(result: dict[str, Any], out: Path) -> str:

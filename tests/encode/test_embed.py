@@ -304,3 +304,24 @@ def test_patch_files_that_are_not_ours(tmp_path):
         read_patches(tmp_path / "a.b2nd")
     with pytest.raises(InputError, match="cannot be read as patch tokens"):
         read_patches(tmp_path / "none.b2nd")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"batch_size": 0}, "expected at least 1"),
+        ({"num_workers": -1}, "expected at least 1"),
+        ({"device": "cpu,"}, "empty device"),
+        ({"masks": "m.csv"}, "add --level region"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(volumes, tmp_path, key, given, told):
+    with pytest.raises(UsageError, match=told):
+        run(volumes, tmp_path / "f.parquet", key, **given)
+
+
+def test_a_source_of_which_nothing_can_be_encoded_leaves_nothing(volumes, tmp_path, key):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="nothing in broken.nii.gz could be encoded"):
+        run(volumes / "broken.nii.gz", tmp_path / "out" / "f.parquet", key)
+    assert not list((tmp_path / "out").iterdir())

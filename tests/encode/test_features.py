@@ -240,3 +240,18 @@ def test_statistics_of_the_whole_scan_reach_each_slice():
     assert float(images.mean()) == pytest.approx(0, abs=1e-5)
     assert float(images.std()) == pytest.approx(1, abs=1e-3)
     assert float(images[0].mean()) != pytest.approx(0, abs=1e-4)
+
+
+def test_a_label_at_the_edge_that_a_model_cuts_off_costs_no_other(encoder):
+    """Natural-image models see the middle of a slice; a mask of many organs always has some outside of it."""
+    cropped = replace(encoder.slice_contract, fit="crop", size_px=32, short_px=64)
+    encoder = Encoder(encoder.network, cropped, "cropped", patch=encoder.patch)
+    mask = np.zeros((6, 20, 30), np.uint8)
+    mask[1, 9:12, 14:17], mask[2, 0:2, 0:3] = 1, 2
+    (found,) = encode_scans(encoder, [make_scan(mask=mask)], How(level="region"), 4)
+    assert [part.region for part in found.parts] == [1]
+    assert "labels outside of what the model sees, left out: 2" in found.notes
+    outside = make_scan("s2", mask=np.where(mask == 2, mask, 0))
+    refused, kept = encode_scans(encoder, [outside, make_scan(mask=mask)], How(level="region"), 4)
+    assert "outside of what the model sees" in refused.reason
+    assert not kept.reason

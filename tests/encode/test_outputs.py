@@ -158,3 +158,55 @@ def test_the_rule_itself_on_files(inputs, tmp_path, key):
         source = next(p for p in inputs.iterdir() if p.name.startswith(path.stem + ".nii"))
         with h5py.File(path) as file:
             np.testing.assert_allclose(file["y_hat"][()], competition_vector(encoder, read(source, key=key)), atol=1e-6)
+
+
+def test_the_table_is_never_overwritten_by_its_other_form(inputs, tmp_path, key):
+    with pytest.raises(UsageError, match="expected f.csv"):
+        run(inputs, tmp_path / "f.parquet", key, form="csv")
+    assert not (tmp_path / "f.parquet").exists()
+
+
+def test_a_scan_that_is_refused_now_has_no_vector_of_before(inputs, tmp_path, key, rule):
+    out, source = tmp_path / "outputs", inputs / "case1.nii.gz"
+    run(inputs, out, key, form="y_hat")
+    source.write_bytes(source.read_bytes()[:900])
+    assert len(run(inputs, out, key, form="y_hat")["left_out"]) == 2
+    assert sorted(p.name for p in out.iterdir()) == ["case.3.h5", "case2.h5"]
+
+
+def test_what_the_form_of_the_container_cannot_do(inputs, tmp_path, key):
+    for given in ({"max_slices": 2}, {"pooling": "mean"}, {"patches": True}, {"level": "slice"}):
+        with pytest.raises(UsageError, match="follows the rule of the competition"):
+            run(inputs, tmp_path / "outputs", key, form="y_hat", **given)
+
+
+def test_vectors_of_others_in_every_form(inputs, tmp_path, key, rule):
+    run(inputs, tmp_path / "outputs", key, form="y_hat")
+    for name in ("f.csv", "f.npz", "f.parquet"):
+        import_y_hat(tmp_path / "outputs", tmp_path / name, model="m", key=key)
+    lines = (tmp_path / "f.csv").read_text().splitlines()
+    assert lines[0].endswith(",v0,v1,v2")
+    assert len(lines) == 4
+    assert np.load(tmp_path / "f.npz")["vectors"].shape == (3, 3)
+    assert pq.read_table(tmp_path / "f.parquet").num_rows == 3
+
+
+def test_npz_has_every_column(inputs, tmp_path, key):
+    run(inputs, tmp_path / "f.npz", key, patches=True)
+    columns = set(pq.read_schema(tmp_path / "f.parquet").names)
+    with np.load(tmp_path / "f.npz") as found:
+        assert set(found) == columns - {"vector", "reason"} | {"vectors", "failed"}
+        assert found["patches"][0].endswith(".b2nd")
+        assert "stretched" in found["notes"][0]
+
+
+def test_an_output_that_cannot_be_written(inputs, tmp_path, key, rule, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    for form, out in (("parquet", "file/f.parquet"), ("csv", "file/f.csv"), ("y_hat", "file/new/outputs")):
+        with pytest.raises(InputError, match="file is a file, so that nothing can be written"):
+            run(inputs, tmp_path / out, key, form=form)
+    with pytest.raises(UsageError, match="inputs is a folder; expected the name of a table"):
+        run(inputs, inputs, key)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="not writable for this user"):
+        run(inputs, tmp_path / "f.parquet", key)

@@ -19,12 +19,13 @@ from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.items import How, Scan
-from hilum.encode.outputs import convert, form_of, is_aside, table_path, write_y_hat
+from hilum.encode.outputs import check_writable, convert, form_of, is_aside, table_path, write_y_hat
 from hilum.encode.resume import (
     Past,
     Places,
     Shard,
     clear_away,
+    clear_parts,
     merge,
     plan_shards,
     read_past,
@@ -41,6 +42,7 @@ from hilum.settings import to_dict
 from hilum.terminal import Progress
 
 MOST_READERS = 8  # processes that read scans, unless more are asked for
+_AS_THE_RULE = (None, None, "mean", (-1,), None, False)  # level, pooling, across, layers, max_slices, patches
 SHARDS_A_TASK = 8  # on Ray: the model is loaded once a worker, so a task may be short
 
 
@@ -109,12 +111,25 @@ def embed(
     """
     out, key = Path(out), key or read_key()
     form = form_of(out, form)
+    if form == "y_hat" and (level, pooling, across, tuple(layers), max_slices, patches) != _AS_THE_RULE:
+        raise UsageError("the form y_hat follows the rule of the competition; leave --level, --pooling, --across, --layers, "
+                         "--max-slices and --patches out")  # fmt: skip
+    if batch_size < 1 or (num_workers is not None and num_workers < 1):
+        raise UsageError(f"batch_size {batch_size}, num_workers {num_workers}: expected at least 1")
     devices = [one.strip() for one in device.split(",")]
+    if not all(devices):
+        raise UsageError(
+            f"device '{device}' names an empty device; expected auto, cpu, cuda or cuda:N, several with commas"
+        )
     options: dict[str, Any] = {"seed": seed, "precision": precision, "revision": revision}
     encoder = load_encoder(model, device=devices[0], **options)
     how = _make_how(encoder, level, pooling, across, tuple(layers), max_slices)
     num_workers = num_workers or min(default_num_workers(), MOST_READERS)
     masks = Path(masks) if masks is not None else None
+    if masks is not None and form != "y_hat" and how.level != "region":
+        raise UsageError(
+            f"masks are for level region, the level is {how.level}; add --level region, or leave --masks out"
+        )
     if form == "y_hat":
         return write_y_hat(
             source,
@@ -155,13 +170,16 @@ def _update(
     past = read_past(places, job.settings)
     if past.stamp == stamp and not places.parts.exists() and _patches_there(places, job.patches is not None):
         return 0
+    check_writable(places.table.parent)
     with hold(places.parts / "lock", f"the table {places.table}"):
         found = opened.list(progress)
         place_masks(found, masks, key, opened.label, job.how.level == "region")
         series = sorted(found.series, key=lambda s: s.key)
         num_encoded = _encode_missing(encoder, series, past, places, job, devices, engine, progress)
         if not any(_width(path) > 1 for path in {done.path for done in past.done.values()}):
-            raise InputError(f"nothing in {opened.label} could be encoded: {_why(past, series, found.set_aside)}")
+            why = _why(past, series, found.set_aside)
+            clear_parts(places)
+            raise InputError(f"nothing in {opened.label} could be encoded: {why}")
         metadata = about | {"settings": job.settings, "set_aside": dict(sorted(found.set_aside.items()))}
         _finish(places, series, past, metadata, stamp)
     return num_encoded

@@ -27,7 +27,7 @@ from hilum.encode.grids import (
     stack_affine,
     volume_region_weights,
 )
-from hilum.encode.items import LAST, AnyItem, How, Item, Refused, Scan, Whole3D, make_items
+from hilum.encode.items import LAST, AnyItem, How, Item, Refused, Scan, Whole3D, make_items, unseen_note
 from hilum.encode.patches import Patches, write_patches
 from hilum.encode.pooling import pool, pool_slices
 from hilum.encode.vit import Tokens
@@ -186,6 +186,7 @@ def _encode_volume(
         regions = volume_region_weights(mask, prepared.affine, prepared.grid)
         if not regions:
             return ContractError("the mask covers no token of the volume; expected at least one voxel inside")
+        notes = (*notes, *unseen_note((int(label) for label in np.unique(mask.voxels[mask.voxels > 0])), regions))
         parts = [
             Part(_vectors(found, pooling, weights[None])[0].numpy(), cls, patches, None, label)
             for label, weights in regions.items()
@@ -215,6 +216,8 @@ def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Enc
     if broken := next((found for _, found in pairs if isinstance(found, HilumError)), None):
         return Encoded(scan, reason=scan.reason or _reason(broken))
     notes = notes_of(scan.image, encoder.contract)
+    if isinstance(pairs[0][0], Item):
+        notes = (*notes, *pairs[0][0].notes)
     if isinstance(pairs[0][0], Whole3D):
         prepared, more, parts = pairs[0][1]
         notes = tuple(dict.fromkeys((*notes, *prepared.notes, *more)))

@@ -1,7 +1,7 @@
 """What to encode of a scan: slices, regions of slices, or the scan as a whole, each prepared when it is asked for."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,7 @@ class Item:
     """One thing for a slice encoder: a slice, or a region of a slice.
 
     weights  (N,) share of each patch that belongs to the region, or None
+    notes    on the scan: labels that have no item
     """
 
     scan: Scan
@@ -103,6 +104,7 @@ class Item:
     weights: Tensor | None
     contract: Contract
     statistics: Callable[[], Statistics | None]
+    notes: tuple[str, ...] = ()
 
     @property
     def image(self) -> Tensor:
@@ -143,7 +145,7 @@ def make_items(scan: Scan, encoder: Encoder, how: How) -> Iterator[AnyItem]:
 
     slice, volume  all slices, or `max_slices` evenly spaced ones
     region         for each label of the mask, the slice in which it covers most pixels (CuriaBench A1: one slice and the
-                   mask of one organ)
+                   mask of one organ). A label outside of what the network sees of that slice is left out, with a note
     """
     if scan.reason:
         yield Refused(scan, scan.reason)
@@ -170,6 +172,18 @@ def make_items(scan: Scan, encoder: Encoder, how: How) -> Iterator[AnyItem]:
     regions = largest_slices(scan.mask.voxels)
     if not regions:
         raise ContractError("the mask holds no label; expected at least one voxel above 0")
-    for label, z in regions.items():
-        weights = region_weights(scan.mask.voxels[z] == label, encoder.grid, contract)
-        yield Item(scan, z, label, weights, contract, statistics)
+    weights = {
+        label: region_weights(scan.mask.voxels[z] == label, encoder.grid, contract) for label, z in regions.items()
+    }
+    seen = {label: regions[label] for label, share in weights.items() if bool(share.any())}
+    if not seen:
+        raise ContractError("the mask lies outside of what the model sees of a slice; expected a label inside")
+    notes = unseen_note(regions, seen)
+    for label, z in seen.items():
+        yield Item(scan, z, label, weights[label], contract, statistics, notes)
+
+
+def unseen_note(labels: Iterable[int], seen: Container[int]) -> tuple[str, ...]:
+    """Says which labels of a mask have no vector, because the model sees no voxel of them."""
+    unseen = [str(label) for label in labels if label not in seen]
+    return (f"labels outside of what the model sees, left out: {', '.join(unseen)}",) if unseen else ()

@@ -4,6 +4,7 @@ In the container form each scan becomes `NAME.h5` with the dataset `y_hat`, a fl
 input file: by definition it repeats whatever the name says about the patient. Use it for data without identifiers.
 """
 
+import contextlib
 import csv
 import os
 from contextlib import closing
@@ -45,8 +46,24 @@ def form_of(out: Path, form: str | None) -> str:
 
 
 def table_path(out: Path, form: str) -> Path:
-    """The Parquet table: `out` itself, or beside it."""
-    return out if form == "parquet" else out.with_suffix(".parquet")
+    """The Parquet table: `out` itself, or beside it. UsageError when that is a folder, or both would have one name."""
+    if form != "parquet" and out.suffix == ".parquet":
+        raise UsageError(
+            f"{out.name} is the name of the table that {form} is written beside; expected {out.stem}.{form}"
+        )
+    place = out if form == "parquet" else out.with_suffix(".parquet")
+    if out.is_dir() or place.is_dir():
+        raise UsageError(f"{out} is a folder; expected the name of a table in it, such as {out}/features.parquet")
+    return place
+
+
+def check_writable(folder: Path) -> None:
+    """InputError when nothing can be written there, said before anything is encoded."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, so that nothing can be written to {folder}; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{there} is not writable for this user; choose another --out, or change its permissions")
 
 
 def convert(table: Path, out: Path, form: str) -> None:
@@ -81,8 +98,9 @@ def _write_npz(table: Path, out: Path) -> None:
     bad = rows.filter(pc.is_null(rows["vector"]))
     vectors = good["vector"].combine_chunks().flatten().to_numpy().reshape(good.num_rows, -1)
     arrays: dict[str, NDArray[Any]] = {"vectors": vectors.astype(np.float32)}
-    for name in ("item", "patient", "study", "series", "modality", "level", "model", "contract", "layer", "content"):
-        arrays[name] = np.array(good[name].to_pylist(), dtype=np.str_)
+    for name in (field.name for field in rows.schema if field.type == pa.string() and field.name != "reason"):
+        arrays[name] = np.array([value or "" for value in good[name].to_pylist()], dtype=np.str_)
+    arrays["notes"] = np.array(["; ".join(notes or ()) for notes in good["notes"].to_pylist()], dtype=np.str_)
     for name in ("slice", "region"):
         arrays[name] = np.array([-1 if v is None else v for v in good[name].to_pylist()], np.int32)
     arrays["failed"] = np.array(
@@ -112,6 +130,7 @@ def write_y_hat(
     masks = masks or (Path(given) if given else None)
     if masks is not None and not masks.exists():
         raise UsageError(f"the folder of masks {masks} is missing; check --masks or MASKS_DIR")
+    check_writable(out)
     settings = hash_json([encoder.name, encoder.contract.hash, encoder.weights_hash, encoder.precision])
     with open_source(source, key) as opened:
         found = opened.list(progress)
@@ -123,6 +142,8 @@ def write_y_hat(
         with closing(run(work, todo, 1 if len(todo) == 1 else num_workers, in_flight=1)) as results:
             for done, (series, loaded) in enumerate(results, num_kept + 1):
                 reason = _write_one(out / f"{series.name}.h5", encoder, loaded, settings, batch_size)
+                if reason:
+                    _forget(out / f"{series.name}.h5")
                 if reason and not is_aside(reason):
                     left_out.append({"series": series.key, "reason": reason})
                 elif reason:
@@ -132,7 +153,9 @@ def write_y_hat(
                 if progress:
                     progress(done, len(found.series), "encoding scans")
     if not num_kept:
-        raise InputError(f"nothing in {opened.label} could be encoded: {left_out[:5] or 'no scan found'}")
+        why = [f"{count} set aside as {reason}" for reason, count in found.set_aside.items()]
+        why += [f"series {row['series']}: {row['reason']}" for row in left_out[:5]]
+        raise InputError(f"nothing in {opened.label} could be encoded: {'; '.join(why) or 'no scan found'}")
     counts = {"num_rows": num_kept, "num_scans": num_kept, "num_encoded": len(todo)}
     lists = {"set_aside": dict(found.set_aside), "left_out": sorted(left_out, key=lambda row: row["series"])}
     return {**counts, **lists, "model": encoder.name, "contract": encoder.contract.hash}
@@ -152,6 +175,15 @@ def _write_one(path: Path, encoder: Encoder, loaded: Loaded | Crashed, settings:
         file.create_dataset("y_hat", data=vector.astype(np.float32))
         file.attrs["hilum"] = hash_json([settings, loaded.content])
     return ""
+
+
+def _forget(path: Path) -> None:
+    """Remove the vector that an earlier run made of a scan that is refused now; the files of others stay."""
+    with contextlib.suppress(OSError):
+        with h5py.File(path, "r") as file:
+            ours = "hilum" in file.attrs
+        if ours:
+            path.unlink()
 
 
 def is_aside(reason: str) -> bool:
@@ -225,12 +257,23 @@ def read_y_hat(folder: str | Path, *, model: str, key: Key) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=feature_schema(widths.pop()))
 
 
-def import_y_hat(folder: str | Path, out: Path, *, model: str, key: Key | None = None) -> dict[str, Any]:
-    """`read_y_hat` into a feature table on disk; returns the counts of `hilum.encode.embed.embed`."""
-    key = key or read_key()
+def import_y_hat(
+    folder: str | Path, out: Path, *, model: str, form: str | None = None, key: Key | None = None
+) -> dict[str, Any]:
+    """`read_y_hat` into a feature table on disk; returns the counts of `hilum.encode.embed.embed`.
+
+    out  .parquet; .csv or .npz are written beside a table of that name
+    """
+    key, form = key or read_key(), form_of(out, form)
+    if form == "y_hat":
+        raise UsageError("a folder in the form y_hat becomes a table; expected --out with .parquet, .csv or .npz")
+    place = table_path(out, form)
+    check_writable(place.parent)
     table = read_y_hat(folder, model=model, key=key)
     about = {"format": "hilum-features", "version": 2, "model": model, "contract": "", "level": "volume"}
-    write_table(out, table, about | {"key": key.fingerprint, "set_aside": {}, "versions": versions()})
+    write_table(place, table, about | {"key": key.fingerprint, "set_aside": {}, "versions": versions()})
+    if form != "parquet":
+        convert(place, out, form)
     bad = table.filter(pc.is_valid(table["reason"])).select(["series", "reason"]).to_pylist()
     num_good = table.num_rows - len(bad)
     counts = {"num_rows": num_good, "num_scans": num_good, "num_encoded": 0, "set_aside": {}}

@@ -260,6 +260,11 @@ def clear_away(places: Places, patches: set[str]) -> None:
             path.unlink()
     with contextlib.suppress(OSError):
         places.patches.rmdir()
+    clear_parts(places)
+
+
+def clear_parts(places: Places) -> None:
+    """Remove finished shards; the lock beside them stays."""
     for path in places.parts.glob("*"):
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
