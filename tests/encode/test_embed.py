@@ -322,6 +322,6 @@ def test_settings_that_mean_nothing_are_refused(volumes, tmp_path, key, given, t
 
 def test_a_source_of_which_nothing_can_be_encoded_leaves_nothing(volumes, tmp_path, key):
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match="nothing in broken.nii.gz could be encoded"):
+    with pytest.raises(InputError, match=r"nothing in broken\.nii\.gz could be encoded"):
         run(volumes / "broken.nii.gz", tmp_path / "out" / "f.parquet", key)
     assert not list((tmp_path / "out").iterdir())

@@ -161,7 +161,7 @@ def test_the_rule_itself_on_files(inputs, tmp_path, key):
 
 
 def test_the_table_is_never_overwritten_by_its_other_form(inputs, tmp_path, key):
-    with pytest.raises(UsageError, match="expected f.csv"):
+    with pytest.raises(UsageError, match=r"expected f\.csv"):
         run(inputs, tmp_path / "f.parquet", key, form="csv")
     assert not (tmp_path / "f.parquet").exists()
 
