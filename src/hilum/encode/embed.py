@@ -114,22 +114,12 @@ def embed(
     if form == "y_hat" and (level, pooling, across, tuple(layers), max_slices, patches) != _AS_THE_RULE:
         raise UsageError("the form y_hat follows the rule of the competition; leave --level, --pooling, --across, --layers, "
                          "--max-slices and --patches out")  # fmt: skip
-    if batch_size < 1 or (num_workers is not None and num_workers < 1):
-        raise UsageError(f"batch_size {batch_size}, num_workers {num_workers}: expected at least 1")
-    devices = [one.strip() for one in device.split(",")]
-    if not all(devices):
-        raise UsageError(
-            f"device '{device}' names an empty device; expected auto, cpu, cuda or cuda:N, several with commas"
-        )
+    devices = _check_numbers(batch_size, num_workers, device)
     options: dict[str, Any] = {"seed": seed, "precision": precision, "revision": revision}
     encoder = load_encoder(model, device=devices[0], **options)
     how = _make_how(encoder, level, pooling, across, tuple(layers), max_slices)
     num_workers = num_workers or min(default_num_workers(), MOST_READERS)
     masks = Path(masks) if masks is not None else None
-    if masks is not None and form != "y_hat" and how.level != "region":
-        raise UsageError(
-            f"masks are for level region, the level is {how.level}; add --level region, or leave --masks out"
-        )
     if form == "y_hat":
         return write_y_hat(
             source,
@@ -141,6 +131,10 @@ def embed(
             key=key,
             progress=progress,
         )
+    if masks is not None and how.level != "region":
+        raise UsageError(
+            f"masks are for level region, the level is {how.level}; add --level region, or leave --masks out"
+        )
     places = Places(table_path(out, form))
     weights = encoder.weights_hash
     about = _about(encoder, how, weights, patches, key)
@@ -151,6 +145,18 @@ def embed(
     if form != "parquet":
         convert(places.table, out, form)
     return _report(places, num_encoded)
+
+
+def _check_numbers(batch_size: int, num_workers: int | None, device: str) -> list[str]:
+    """UsageError for what means nothing; returns the devices."""
+    if batch_size < 1 or (num_workers is not None and num_workers < 1):
+        raise UsageError(f"batch_size {batch_size}, num_workers {num_workers}: expected at least 1")
+    devices = [one.strip() for one in device.split(",")]
+    if not all(devices):
+        raise UsageError(
+            f"device '{device}' names an empty device; expected auto, cpu, cuda or cuda:N, several with commas"
+        )
+    return devices
 
 
 def _update(
