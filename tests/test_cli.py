@@ -85,6 +85,7 @@ def test_a_bug_of_ours_shows_its_trace(hilum, monkeypatch):
 def test_ctrl_c_memory_and_a_closed_pipe(hilum, monkeypatch):
     for error, code, message in (
         (KeyboardInterrupt(), 130, "Run the same command again"),
+        (SystemExit(130), 130, "Run the same command again"),  # as Typer ends on Ctrl-C
         (MemoryError(), 7, "out of memory; try a smaller batch"),
         (BrokenPipeError(), 0, ""),
     ):

@@ -48,7 +48,9 @@ def main() -> None:
     except HilumError as error:
         print(f"hilum: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:  # Typer makes the second of the first
+        if isinstance(ended, SystemExit) and ended.code != EXIT_INTERRUPTED:
+            raise
         print("hilum: interrupted; what was finished is whole. Run the same command again", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except MemoryError:

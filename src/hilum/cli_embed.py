@@ -32,7 +32,7 @@ def embed(
     form: Annotated[str | None, typer.Option("--format", help="parquet, csv, npz or y_hat; default: by the suffix.")] = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; several with commas: one process each.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what is fast here.")] = "float32",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 for large models where it is faster.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Of a released model, as it was pulled.")] = None,
     num_workers: Annotated[
         int | None, typer.Option("--workers", "--num-workers", help="Processes that read ahead; up to 8 by default.")

@@ -74,9 +74,7 @@ def test_an_absent_weights_file(export):
 
 def test_a_missing_tensor(export):
     change_weights(export, lambda state: state.pop("norm.bias"))
-    with pytest.raises(
-        ContractError, match=r"1 tensors do not fit: norm\.bias: missing, expected \(96,\)"
-    ):
+    with pytest.raises(ContractError, match=r"1 tensors do not fit: norm\.bias: missing, expected \(96,\)"):
         open_folder(export)
 
 

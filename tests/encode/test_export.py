@@ -188,7 +188,7 @@ def test_what_cannot_be_exported(tmp_path, monkeypatch):
         export(tmp_path / "model", tmp_path / "out", "tflite")
     with pytest.raises(UsageError, match="exists; give a new folder"):
         export(tmp_path / "model", tmp_path)
-    with pytest.raises(UsageError, match="pixels is no vision transformer of ours"):
+    with pytest.raises(UsageError, match="pixels is no ViT of ours"):
         export("pixels", tmp_path / "out")
     with pytest.raises(UsageError, match="encodes slices, which voxelfm has no form for"):
         export(tmp_path / "model", tmp_path / "out", "voxelfm")

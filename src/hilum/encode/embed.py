@@ -81,7 +81,7 @@ def embed(
     patches: bool = False,
     batch_size: int = 32,
     device: str = "auto",
-    precision: str = "float32",
+    precision: str = "auto",
     revision: str | None = None,
     num_workers: int | None = None,
     engine: str = "local",
@@ -117,6 +117,7 @@ def embed(
     devices = _check_numbers(batch_size, num_workers, device)
     options: dict[str, Any] = {"seed": seed, "precision": precision, "revision": revision}
     encoder = load_encoder(model, device=devices[0], **options)
+    options["precision"] = encoder.precision  # on every device the same
     how = _make_how(encoder, level, pooling, across, tuple(layers), max_slices)
     num_workers = num_workers or min(default_num_workers(), MOST_READERS)
     masks = Path(masks) if masks is not None else None

@@ -64,6 +64,10 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UsageError(f"{to} needs {', '.join(missing)}: pip install 'hilum[onnx]'")
     encoder = load_encoder(str(model))
+    if not isinstance(encoder.network, ViT):
+        raise UsageError(
+            f"{encoder.name} is no ViT of ours; only those are exported. Its weights are in their own layout already"
+        )
     if isinstance(encoder.contract, Contract) == (to == "voxelfm"):
         raise UsageError(f"{encoder.name} encodes {'slices' if to == 'voxelfm' else 'volumes'}, which {to} has no form for; "
                          "expected voxelfm for volumes, another form for slices")  # fmt: skip
@@ -126,10 +130,7 @@ def compare(encoder: Encoder, load: Callable[[Tensor], Tensor], images: Tensor) 
 def _write_hf(encoder: Encoder, folder: Path, images: Tensor) -> Loaded:
     """In transformers' layout; loaded with transformers, or without it with our own reader."""
     model = encoder.network
-    if not isinstance(model, ViT):
-        raise UsageError(
-            f"{encoder.name} is no vision transformer of ours; its weights are in their own layout already"
-        )
+    assert isinstance(model, ViT)
     kind = transformers_kind(model.config)
     if kind != "dinov3_vit" and (kind == "dinov2_with_registers") != model.config.antialias:
         model = at_size(
