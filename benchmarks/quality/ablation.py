@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 import torch
 from ablation_data import DATA_SETS, make_stores
 
-from hilum.encode.embed import embed
 from hilum.encode.encoder import write_encoder
+from hilum.encode.table.embed import embed
 from hilum.metrics import METRICS
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loop import contract_of, pretrain

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from hilum.archive.prepare import prepare
-from hilum.encode.embed import embed
+from hilum.encode.table.embed import embed
 from hilum.metrics import METRICS
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.presets import load_recipe

@@ -17,7 +17,7 @@ import numpy as np
 from measure import print_lines
 
 from hilum.archive.privacy import Key
-from hilum.encode.embed import embed
+from hilum.encode.table.embed import embed
 
 
 def write_scans(folder: Path, num_series: int, num_slices: int) -> None:

@@ -18,11 +18,11 @@ import torch
 from measure import print_lines, take_turns
 
 from hilum.archive.privacy import Key
-from hilum.encode import embed as module
 from hilum.encode.contract import Contract, prepare_slice
 from hilum.encode.encoder import Encoder
 from hilum.encode.items import How, Scan
-from hilum.encode.rows import feature_rows
+from hilum.encode.table import embed as module
+from hilum.encode.table.rows import feature_rows
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.volume import Volume
 

@@ -20,8 +20,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
+from hilum.encode.released.weights import read_weights
 from hilum.encode.vit import ViT
-from hilum.encode.weights import read_weights
 
 FEW = 4  # slices whose features are compared
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hilum.archive.one import read
-    from hilum.encode.patches import read_patches
+    from hilum.encode.table.patches import read_patches
     from hilum.encode.zoo import load_encoder
 
 __all__ = ["__version__", "load_encoder", "read", "read_patches"]
 __version__ = version("hilum")
 
-_WHERE = {"read": "hilum.archive.one", "read_patches": "hilum.encode.patches", "load_encoder": "hilum.encode.zoo"}
+_WHERE = {"read": "hilum.archive.one", "read_patches": "hilum.encode.table.patches", "load_encoder": "hilum.encode.zoo"}
 
 
 def __getattr__(name: str) -> Any:

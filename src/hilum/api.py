@@ -9,10 +9,10 @@ from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
 from hilum.demo import demo
-from hilum.encode.doctor import check_model as doctor
-from hilum.encode.embed import embed
-from hilum.encode.export import export
-from hilum.encode.pull import pull
+from hilum.encode.released.doctor import check_model as doctor
+from hilum.encode.released.export import export
+from hilum.encode.released.pull import pull
+from hilum.encode.table.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
 from hilum.pretrain.watch.report import show_run

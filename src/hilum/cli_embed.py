@@ -32,7 +32,7 @@ def embed(
     form: Annotated[str | None, typer.Option("--format", help="parquet, csv, npz or y_hat; default: by the suffix.")] = None,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; several with commas: one process each.")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 for large models where it is faster.")] = "auto",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: the faster for large models.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Of a released model, as it was pulled.")] = None,
     num_workers: Annotated[
         int | None, typer.Option("--workers", "--num-workers", help="Processes that read ahead; up to 8 by default.")
@@ -49,7 +49,7 @@ def embed(
         if model.startswith("y_hat:"):
             result = _take_y_hat(source, model.removeprefix("y_hat:"), out, form)
         else:
-            from hilum.encode.embed import embed as run
+            from hilum.encode.table.embed import embed as run
 
             result = run(
                 source, model=model, out=out, level=level, masks=masks, pooling=pooling, across=across,
@@ -73,7 +73,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _take_y_hat(folder: str, name: str, out: Path, form: str | None) -> dict[str, Any]:
-    from hilum.encode.outputs import import_y_hat
+    from hilum.encode.table.outputs import import_y_hat
 
     return import_y_hat(folder, out, model=name, form=form)
 

@@ -26,7 +26,7 @@ def models(
     markdown: Annotated[bool, typer.Option(help="Print the tables of docs/models.md.")] = False,
 ) -> None:
     """Released encoders that hilum reads: size, licence, gate, and which are on this machine."""
-    from hilum.encode.models import MODELS, is_pulled, model_folder, models_markdown, record_of
+    from hilum.encode.released.models import MODELS, is_pulled, model_folder, models_markdown, record_of
     from hilum.terminal import format_table
 
     if markdown:
@@ -53,7 +53,7 @@ def models(
 
 def info(model: Model, revision: Revision = None, as_json: Json = False) -> None:
     """What a model is, whose it is, what it expects of its input, and how its weights were loaded."""
-    from hilum.encode.models import find_released, is_pulled, model_folder, record_of
+    from hilum.encode.released.models import find_released, is_pulled, model_folder, record_of
 
     released = None if Path(model).is_dir() else find_released(model)
     if released is not None and not is_pulled(model_folder(model, revision)):
@@ -70,8 +70,8 @@ def info(model: Model, revision: Revision = None, as_json: Json = False) -> None
 def _loaded(model: str, revision: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A model that is on this machine: its weights are read, so that their coverage can be told."""
     from hilum.encode.describe import in_words
-    from hilum.encode.models import find_released, record_of
-    from hilum.encode.pull import read_pull
+    from hilum.encode.released.models import find_released, record_of
+    from hilum.encode.released.pull import read_pull
     from hilum.encode.zoo import locate, open_folder
     from hilum.settings import to_dict
 
@@ -151,8 +151,8 @@ def pull(
     quiet: Quiet = False,
 ) -> None:
     """Fetch a model into one folder with hashes; then no network is needed. Needs HF_TOKEN for those on request."""
-    from hilum.encode.models import find_released
-    from hilum.encode.pull import pull as run
+    from hilum.encode.released.models import find_released
+    from hilum.encode.released.pull import pull as run
     from hilum.terminal import Reporter
 
     if Path(model).is_dir():
@@ -183,13 +183,13 @@ def doctor(
 ) -> None:
     """Is a model still the function it was? Files, coverage, contract, and features of a phantom against stored ones."""
     if scan is not None:
-        from hilum.encode.voxelfm_upstream import compare_upstream
+        from hilum.encode.released.voxelfm_upstream import compare_upstream
         from hilum.encode.zoo import load_encoder
 
         found = compare_upstream(scan, load_encoder(model, revision=revision, device=device))
         _print(found, as_json, _upstream_text(found))
         return
-    from hilum.encode.doctor import check_model
+    from hilum.encode.released.doctor import check_model
     from hilum.terminal import Reporter, wrap_row
 
     with Reporter(quiet) as progress:
@@ -236,7 +236,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an encoder in a form that others load, compared with the original on a phantom before it counts as written."""
-    from hilum.encode.export import export as run
+    from hilum.encode.released.export import export as run
 
     told = run(model, out, to)
     apart = f"tokens differ by {told['max_difference']:.1e}, allowed are {told['tolerance']:.0e}"

@@ -12,7 +12,7 @@ from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import scan
 from hilum.demo_report import Task, write_report
-from hilum.encode.embed import embed
+from hilum.encode.table.embed import embed
 from hilum.pretrain.loop import pretrain
 from hilum.pretrain.presets import load_recipe
 from hilum.pretrain.recipe import Recipe

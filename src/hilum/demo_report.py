@@ -19,7 +19,7 @@ from hilum.archive.reasons import REASONS
 from hilum.archive.store.store import Store
 from hilum.encode.contract import normalise_slice, prepare_slice
 from hilum.encode.encoder import Encoder
-from hilum.encode.sources import read_mask_table
+from hilum.encode.table.sources import read_mask_table
 from hilum.encode.zoo import open_folder
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices

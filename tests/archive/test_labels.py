@@ -124,7 +124,7 @@ def test_what_holds_no_labels_is_refused(scan, tmp_path):
 @pytest.mark.parametrize("suffix", FORMS)
 def test_features_of_regions(scan, labels, write_labels, tmp_path, key, suffix):
     """`embed` takes any form as a mask: the same regions, slices and vectors."""
-    from hilum.encode.embed import embed
+    from hilum.encode.table.embed import embed
 
     def rows(mask):
         with open(tmp_path / "masks.csv", "w", newline="") as handle:

@@ -15,9 +15,9 @@ from hilum.archive.privacy import Key
 from hilum.archive.scan import find
 from hilum.encode.chunks import encode_prepared
 from hilum.encode.encoder import Encoder
+from hilum.encode.released.voxelfm import read_voxelfm, write_voxelfm
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract, prepare_volume
-from hilum.encode.voxelfm import read_voxelfm, write_voxelfm
 from hilum.volume import Volume, orient
 
 CONTRACT = VolumeContract(background_px=5, patch=(6, 6, 6), max_patches=150)

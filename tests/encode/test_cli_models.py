@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hilum import cli
-from hilum.encode.doctor import check_model
 from hilum.encode.encoder import write_encoder
+from hilum.encode.released.doctor import check_model
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hilum import large
 from hilum.encode.contract import prepare_slice, volume_statistics
-from hilum.encode.curia import curia_contract, read_curia, write_curia_settings
 from hilum.encode.encoder import Encoder
+from hilum.encode.released.curia import curia_contract, read_curia, write_curia_settings
 from hilum.errors import ContractError, InputError, UsageError
 from hilum.volume import PLANES, Volume, orient, to_slices
 

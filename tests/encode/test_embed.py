@@ -16,9 +16,9 @@ from hilum.archive.phantom import write_phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.privacy import Key
 from hilum.archive.reasons import REASONS
-from hilum.encode import embed as embed_module
-from hilum.encode.embed import embed
-from hilum.encode.patches import read_patches
+from hilum.encode.table import embed as embed_module
+from hilum.encode.table.embed import embed
+from hilum.encode.table.patches import read_patches
 from hilum.errors import InputError, LabelsError, UsageError
 from hilum.probe.labels import read_features
 from hilum.records import read_table, table_metadata
@@ -102,7 +102,7 @@ def test_store_and_files_agree(archive, tmp_path, key):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(volumes, tmp_path, key, monkeypatch, after):
-    monkeypatch.setattr("hilum.encode.resume.SHARD_SLICES", 20)
+    monkeypatch.setattr("hilum.encode.table.resume.SHARD_SLICES", 20)
     options = {"patches": True, "level": "slice"}
     run(volumes, tmp_path / "whole" / "f.parquet", key, **options)
     out, write, written = tmp_path / "f.parquet", embed_module.write_shard, []
@@ -143,7 +143,7 @@ def test_a_process_killed_from_outside_leaves_what_it_finished(volumes, tmp_path
 import os, signal
 from pathlib import Path
 from hilum.archive.privacy import Key
-from hilum.encode import embed as module, resume
+from hilum.encode.table import embed as module, resume
 resume.SHARD_SLICES = 20
 write = module.write_shard
 def last(shard, *rest):
@@ -160,7 +160,7 @@ module.embed({str(volumes)!r}, model="pixels", out={str(tmp_path / "f.parquet")!
 def test_a_finished_table_is_confirmed_without_reading_scans(volumes, tmp_path, key, monkeypatch):
     first = run(volumes, tmp_path / "f.parquet", key)
     before = (tmp_path / "f.parquet").stat()
-    monkeypatch.setattr("hilum.encode.sources.find", lambda *_, **__: pytest.fail("scans were looked for"))
+    monkeypatch.setattr("hilum.encode.table.sources.find", lambda *_, **__: pytest.fail("scans were looked for"))
     again = run(volumes, tmp_path / "f.parquet", key)
     assert again == first | {"num_encoded": 0}
     assert (tmp_path / "f.parquet").stat() == before

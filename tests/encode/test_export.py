@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from hilum.encode import export as module
 from hilum.encode.contract import Contract
-from hilum.encode.curia import curia_contract, read_curia
 from hilum.encode.encoder import Encoder, write_encoder
-from hilum.encode.export import export, phantom_images
+from hilum.encode.released import export as module
+from hilum.encode.released.curia import curia_contract, read_curia
+from hilum.encode.released.export import export, phantom_images
+from hilum.encode.released.weights import read_weights
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
-from hilum.encode.weights import read_weights
 from hilum.encode.zoo import load_encoder, open_folder
 from hilum.errors import ContractError, UsageError
 

@@ -13,7 +13,7 @@ from hilum.encode.features import encode_scans
 from hilum.encode.grids import chosen_slices, largest_slices, region_weights
 from hilum.encode.items import How, Scan, make_items
 from hilum.encode.regions import check_same_grid
-from hilum.encode.rows import feature_rows
+from hilum.encode.table.rows import feature_rows
 from hilum.encode.vit import Tokens
 from hilum.errors import ContractError
 from hilum.volume import Volume

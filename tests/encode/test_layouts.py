@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from hilum.encode import vit
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import write_encoder
-from hilum.encode.layouts import transformers_config, transformers_kind, write_layout
+from hilum.encode.released.layouts import transformers_config, transformers_kind, write_layout
+from hilum.encode.released.weights import read_weights
 from hilum.encode.vit import ViT, ViTConfig
-from hilum.encode.weights import read_weights
 from hilum.errors import UsageError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract
-from hilum.encode.models import MODELS, find_released, is_repo, model_folder, models_markdown
-from hilum.encode.siglip import SiglipConfig, SiglipTower
+from hilum.encode.released.models import MODELS, find_released, is_repo, model_folder, models_markdown
+from hilum.encode.released.siglip import SiglipConfig, SiglipTower
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.zoo import LAYOUTS

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from hilum.encode.contract import Contract, prepare_slice
-from hilum.encode.curia import curia_contract
-from hilum.encode.natural import processor_contract, read_natural, read_processor
+from hilum.encode.released.curia import curia_contract
+from hilum.encode.released.natural import processor_contract, read_natural, read_processor
 from hilum.errors import ContractError
 
 DINOV2 = {

@@ -12,10 +12,10 @@ import pytest
 
 from hilum.archive.one import read
 from hilum.archive.privacy import Key
-from hilum.encode.embed import embed
 from hilum.encode.encoder import pixel_encoder
-from hilum.encode.outputs import import_y_hat
 from hilum.encode.regions import competition_vector
+from hilum.encode.table.embed import embed
+from hilum.encode.table.outputs import import_y_hat
 from hilum.errors import InputError, UsageError
 from hilum.probe.labels import match_cases, read_features, read_labels
 from hilum.records import read_table
@@ -44,7 +44,7 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> list:
         share = 0.0 if mask is None else float((mask.voxels > 0).mean())
         return np.array([float(volume.voxels.astype(float).mean()), share, 3], np.float64)
 
-    monkeypatch.setattr("hilum.encode.outputs.competition_vector", competition_vector)
+    monkeypatch.setattr("hilum.encode.table.outputs.competition_vector", competition_vector)
     return calls
 
 

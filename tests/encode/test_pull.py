@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hilum.encode import pull as module
-from hilum.encode.models import MODELS, is_pulled, model_folder
-from hilum.encode.pull import pull, read_pull, verify
+from hilum.encode.released import pull as module
+from hilum.encode.released.models import MODELS, is_pulled, model_folder
+from hilum.encode.released.pull import pull, read_pull, verify
 from hilum.errors import ContractError, InputError, LicenceError, StoreError, UsageError, WeightsAbsent
 
 WEIGHTS = bytes(range(256)) * 4000

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hilum.encode.contract import prepare_slice
-from hilum.encode.curia import curia_contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.regions import check_same_grid, competition_vector, curia_cells, roi_crop
+from hilum.encode.released.curia import curia_contract
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.errors import ContractError, GeometryError
 from hilum.volume import Volume, orient

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.encoder import Encoder
-from hilum.encode.shards import read_index, read_tensors
-from hilum.encode.siglip import read_siglip
+from hilum.encode.released.shards import read_index, read_tensors
+from hilum.encode.released.siglip import read_siglip
 from hilum.errors import ContractError, UsageError
 
 transformers = pytest.importorskip("transformers")

@@ -18,8 +18,8 @@ import hilum
 from hilum.archive.phantom import write_phantom
 from hilum.archive.privacy import Key
 from hilum.archive.web import Address, parse_address
-from hilum.encode.embed import embed
-from hilum.encode.sources import open_source, stem_of
+from hilum.encode.table.embed import embed
+from hilum.encode.table.sources import open_source, stem_of
 from hilum.errors import InputError, LabelsError, UsageError
 from hilum.probe.labels import read_features
 from hilum.records import read_table

@@ -10,11 +10,11 @@ import yaml
 from torch import Tensor
 
 from hilum.encode.encoder import Encoder
+from hilum.encode.released.voxelfm import read_voxelfm, write_voxelfm
+from hilum.encode.released.weights import hash_tensors
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import ViT, make_rotation
 from hilum.encode.volume_contract import VolumeContract
-from hilum.encode.voxelfm import read_voxelfm, write_voxelfm
-from hilum.encode.weights import hash_tensors
 from hilum.errors import ContractError, UsageError
 from hilum.records import write_json
 from hilum.settings import to_dict

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from hilum.encode.encoder import Encoder
+from hilum.encode.released.voxelfm_upstream import compare_upstream, prepare_upstream, read_upstream
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
-from hilum.encode.voxelfm_upstream import compare_upstream, prepare_upstream, read_upstream
 from hilum.errors import ContractError, InputError, UsageError
 
 CONTRACT = VolumeContract(background_px=5, patch=(8, 8, 8), max_patches=40)

@@ -13,8 +13,8 @@ from torch import Tensor
 from hilum.encode import vit
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import write_encoder
+from hilum.encode.released.weights import hash_tensors, read_weights
 from hilum.encode.vit import ViT, ViTConfig
-from hilum.encode.weights import hash_tensors, read_weights
 from hilum.errors import ContractError, UsageError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

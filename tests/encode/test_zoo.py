@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hilum.encode.contract import Contract
-from hilum.encode.doctor import check_model
 from hilum.encode.encoder import Encoder
-from hilum.encode.golden import compare_vectors, golden_features, phantom_scans, read_golden, write_golden
-from hilum.encode.models import MODELS, model_folder
+from hilum.encode.released.doctor import check_model
+from hilum.encode.released.golden import compare_vectors, golden_features, phantom_scans, read_golden, write_golden
+from hilum.encode.released.models import MODELS, model_folder
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.zoo import layout_of, load_encoder, open_folder
@@ -115,7 +115,7 @@ def test_a_pulled_model(released):
 def test_the_contract_of_a_pulled_model_is_its_own(released):
     """Windows of the table, size and constants of the folder."""
     folder = pretend_pulled(released, "medsiglip", "google/medsiglip-448")
-    from hilum.encode.natural import processor_contract
+    from hilum.encode.released.natural import processor_contract
 
     contract = processor_contract(folder)
     assert contract.windows == ((-1225.0, 1025.0), (-135.0, 215.0), (0.0, 80.0))
@@ -203,7 +203,7 @@ def make_curia(folder, released):
 
 
 def test_curia_by_name(released, tmp_path):
-    pytest.importorskip("hilum.encode.curia")
+    pytest.importorskip("hilum.encode.released.curia")
     folder = make_curia(tmp_path / "curia", released)
     revision = MODELS["curia-2"].revision
     pretend_pulled(folder, "curia-2", "raidium/curia-2", revision)
@@ -214,7 +214,7 @@ def test_curia_by_name(released, tmp_path):
 
 
 def test_voxelfm_by_name(tmp_path):
-    voxelfm = pytest.importorskip("hilum.encode.voxelfm")
+    voxelfm = pytest.importorskip("hilum.encode.released.voxelfm")
     torch.manual_seed(0)
     shape = ViTConfig(
         size="72x2x2-mlp144", patch=(8,) * 3, image=(32,) * 3, positions="rotary", num_registers=4, norm_eps=1e-5

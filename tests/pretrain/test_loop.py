@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hilum.encode.doctor import check_model
+from hilum.encode.released.doctor import check_model
 from hilum.encode.zoo import open_folder
 from hilum.errors import CheckpointError, DiskFull, Interrupted, StoreError, TrainingDiverged, UsageError
 from hilum.pretrain import checkpoint, loop

@@ -34,7 +34,7 @@ class Encoder:
     network   (B, C, …) prepared by the contract → Tokens; a transformer of ours, or any module that gives the same
     contract  what it expects; `tokens` trusts that its input was prepared by it
     patch     pixels of a patch along (rows, columns) or (slices, rows, columns)
-    report    how its weights were loaded (`hilum.encode.weights.Weights.report`); empty when they were drawn
+    report    how its weights were loaded (`hilum.encode.released.weights.Weights.report`); empty when they were drawn
     precision "float32"; "bfloat16": matrix products in half precision, residuals and norms in float32; "auto": bfloat16 where
               the device is faster at it and the network is large enough to gain, else float32
     """
@@ -121,7 +121,7 @@ class Encoder:
     @property
     def weights_hash(self) -> str:
         """16 hex digits of the weights: as stored, when they were loaded, else of the tensors."""
-        from hilum.encode.weights import hash_tensors
+        from hilum.encode.released.weights import hash_tensors
 
         return str(self.report.get("hash") or hash_tensors(self.network.state_dict()))
 

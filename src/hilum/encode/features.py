@@ -28,8 +28,8 @@ from hilum.encode.grids import (
     volume_region_weights,
 )
 from hilum.encode.items import LAST, AnyItem, How, Item, Refused, Scan, Whole3D, make_items, unseen_note
-from hilum.encode.patches import Patches, write_patches
 from hilum.encode.pooling import pool, pool_slices
+from hilum.encode.table.patches import Patches, write_patches
 from hilum.encode.vit import Tokens
 from hilum.encode.volume_contract import PreparedVolume
 from hilum.errors import ContractError, HilumError, ScanRefused
@@ -320,7 +320,7 @@ def token_affines(found: Encoded, encoder: Encoder) -> NDArray[np.float64] | Non
 
 
 def save_patches(path: Path, found: Encoded, encoder: Encoder, facts: dict[str, str]) -> None:
-    """The patch tokens of a scan as a side file (`hilum.encode.patches`)."""
+    """The patch tokens of a scan as a side file (`hilum.encode.table.patches`)."""
     affines, tokens = token_affines(found, encoder), _stacked(found)
     k, j, i = tokens.shape[:3]
     if found.affine is not None:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from hilum.encode.encoder import Encoder, model_name, pixel_encoder, read_model_config
-from hilum.encode.golden import check_golden
-from hilum.encode.models import did_you_mean, find_released, is_pulled, is_repo, model_folder
-from hilum.encode.pull import read_pull, verify
+from hilum.encode.released.golden import check_golden
+from hilum.encode.released.models import did_you_mean, find_released, is_pulled, is_repo, model_folder
+from hilum.encode.released.pull import read_pull, verify
+from hilum.encode.released.weights import build, read_weights
 from hilum.encode.vit import ViT
-from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError, UsageError, WeightsAbsent
 from hilum.records import read_json
 
@@ -22,11 +22,11 @@ BASELINES = {
 }
 # How a folder is read: module and function, (folder: Path) → network, contract, report. The network has `config.patch`.
 LAYOUTS = {
-    "curia": ("hilum.encode.curia", "read_curia"),
-    "voxelfm": ("hilum.encode.voxelfm", "read_voxelfm"),
-    "natural": ("hilum.encode.natural", "read_natural"),
-    "siglip": ("hilum.encode.siglip", "read_siglip"),
-    "exported": ("hilum.encode.natural", "read_exported"),
+    "curia": ("hilum.encode.released.curia", "read_curia"),
+    "voxelfm": ("hilum.encode.released.voxelfm", "read_voxelfm"),
+    "natural": ("hilum.encode.released.natural", "read_natural"),
+    "siglip": ("hilum.encode.released.siglip", "read_siglip"),
+    "exported": ("hilum.encode.released.natural", "read_exported"),
 }
 
 

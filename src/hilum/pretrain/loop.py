@@ -28,7 +28,7 @@ from torch.optim import AdamW
 from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import write_encoder
-from hilum.encode.golden import write_golden
+from hilum.encode.released.golden import write_golden
 from hilum.encode.vit import ViT
 from hilum.encode.zoo import open_folder
 from hilum.errors import (

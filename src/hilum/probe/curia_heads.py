@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from hilum.encode.contract import prepare_slice, volume_statistics
-from hilum.encode.curia import curia_contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.regions import check_same_grid, curia_cells
+from hilum.encode.released.curia import curia_contract
+from hilum.encode.released.weights import translate_dinov2
 from hilum.encode.vit import ViT
-from hilum.encode.weights import translate_dinov2
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
 from hilum.settings import from_dict

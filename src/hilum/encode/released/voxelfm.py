@@ -17,10 +17,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from hilum.encode.released.weights import account
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import ViT
 from hilum.encode.volume_contract import VolumeContract
-from hilum.encode.weights import account
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json, write_atomic, write_text
 from hilum.settings import from_dict

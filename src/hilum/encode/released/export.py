@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.encode.contract import Contract, prepare_slice, volume_statistics
-from hilum.encode.curia import write_curia_settings
 from hilum.encode.encoder import AnyContract, Encoder
-from hilum.encode.golden import phantom_scans
-from hilum.encode.layouts import transformers_config, transformers_kind, write_layout
+from hilum.encode.released.curia import write_curia_settings
+from hilum.encode.released.golden import phantom_scans
+from hilum.encode.released.layouts import transformers_config, transformers_kind, write_layout
+from hilum.encode.released.voxelfm import read_voxelfm, write_voxelfm
+from hilum.encode.released.weights import read_weights
 from hilum.encode.vit import ViT, interpolate_positions
 from hilum.encode.volume_contract import VolumeContract, prepare_volume
-from hilum.encode.voxelfm import read_voxelfm, write_voxelfm
-from hilum.encode.weights import read_weights
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, UsageError
 from hilum.records import explain_full_disk, write_json

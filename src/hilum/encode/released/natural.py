@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hilum.encode.contract import Contract
-from hilum.encode.models import find_released, slice_contract
-from hilum.encode.pull import read_pull
+from hilum.encode.released.models import find_released, slice_contract
+from hilum.encode.released.pull import read_pull
+from hilum.encode.released.weights import build, read_weights
 from hilum.encode.vit import ViT
-from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError
 from hilum.records import read_json
 from hilum.settings import from_dict

@@ -7,7 +7,7 @@ import torch
 
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
-from hilum.encode.golden import (
+from hilum.encode.released.golden import (
     GOLDEN,
     changed_tensors,
     compare_vectors,
@@ -16,7 +16,7 @@ from hilum.encode.golden import (
     read_golden,
     write_golden,
 )
-from hilum.encode.models import is_pulled
+from hilum.encode.released.models import is_pulled
 from hilum.encode.zoo import locate, open_folder
 from hilum.errors import ContractError, InputError
 from hilum.settings import differences, to_dict

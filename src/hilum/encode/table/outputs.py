@@ -28,7 +28,7 @@ from hilum.encode.encoder import Encoder
 from hilum.encode.features import encode_volume
 from hilum.encode.items import How
 from hilum.encode.regions import competition_vector
-from hilum.encode.sources import Loaded, Series, content_of, load, open_source, place_masks, stem_of
+from hilum.encode.table.sources import Loaded, Series, content_of, load, open_source, place_masks, stem_of
 from hilum.errors import ContractError, HilumError, InputError, UsageError
 from hilum.records import hash_json, versions, write_atomic, write_table
 from hilum.terminal import Progress
@@ -124,7 +124,7 @@ def write_y_hat(
     """The container form: `out`/NAME.h5 for each scan; a file that was made from the same scan, mask and model stays.
 
     masks    a folder of masks named as their scans; None: $MASKS_DIR, where it is set. A scan without a mask is encoded whole
-    returns  as `hilum.encode.embed.embed`
+    returns  as `hilum.encode.table.embed.embed`
     """
     given = os.environ.get("MASKS_DIR")
     masks = masks or (Path(given) if given else None)
@@ -230,7 +230,7 @@ def read_y_hat(folder: str | Path, *, model: str, key: Key) -> pa.Table:
 
     InputError when a file has no such vector or lengths differ.
     """
-    from hilum.encode.rows import failed_row, feature_schema
+    from hilum.encode.table.rows import failed_row, feature_schema
 
     paths = sorted(Path(folder).glob("*.h5"))
     if not paths:
@@ -260,7 +260,7 @@ def read_y_hat(folder: str | Path, *, model: str, key: Key) -> pa.Table:
 def import_y_hat(
     folder: str | Path, out: Path, *, model: str, form: str | None = None, key: Key | None = None
 ) -> dict[str, Any]:
-    """`read_y_hat` into a feature table on disk; returns the counts of `hilum.encode.embed.embed`.
+    """`read_y_hat` into a feature table on disk; returns the counts of `hilum.encode.table.embed.embed`.
 
     out  .parquet; .csv or .npz are written beside a table of that name
     """

@@ -18,7 +18,7 @@ from hilum.archive.phantom.scan import make_anatomy, scan_ct, scan_mr
 from hilum.encode import volume_contract
 from hilum.encode.contract import Contract, prepare_slice, volume_statistics
 from hilum.encode.encoder import Encoder
-from hilum.encode.weights import hash_tensors
+from hilum.encode.released.weights import hash_tensors
 from hilum.errors import ContractError
 from hilum.records import hash_json, read_json, versions, write_json
 from hilum.settings import differences, to_dict

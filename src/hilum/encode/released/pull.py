@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hilum.archive.locks import hold
-from hilum.encode.models import RECORD, find_released, is_pulled, model_folder, repo_of
+from hilum.encode.released.models import RECORD, find_released, is_pulled, model_folder, repo_of
 from hilum.errors import ContractError, InputError, LicenceError, UsageError, WeightsAbsent
 from hilum.records import explain_full_disk, read_json, write_json
 from hilum.terminal import Progress
@@ -157,7 +157,7 @@ def _choose(
     """The needed files of a repository, config first; of a model in shards those that hold tensors of the `wanted` part."""
     chosen = [path for path in names if path in there or path != _OPTIONAL]
     if _WHOLE in chosen and _WHOLE not in there and _INDEX in there:
-        from hilum.encode.shards import read_index
+        from hilum.encode.released.shards import read_index
 
         fetch(there[_INDEX])
         places = read_index((part / _INDEX).read_bytes(), f"{repo}/{_INDEX}")

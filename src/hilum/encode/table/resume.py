@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hilum.archive.privacy import Key
-from hilum.encode.sources import Series, content_of
+from hilum.encode.table.sources import Series, content_of
 from hilum.errors import InputError
 from hilum.records import hash_json, open_table, write_atomic, write_table
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from hilum.encode.encoder import read_model_config
-from hilum.encode.layouts import JOINED, Layout, layout_named
+from hilum.encode.released.layouts import JOINED, Layout, layout_named
+from hilum.encode.released.shards import read_tensors
 from hilum.encode.shape import SIZES, ViTConfig
-from hilum.encode.shards import read_tensors
 from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json

@@ -19,8 +19,8 @@ from hilum.archive.workers import Crashed, default_num_workers, run
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.items import How, Scan
-from hilum.encode.outputs import check_writable, convert, form_of, is_aside, table_path, write_y_hat
-from hilum.encode.resume import (
+from hilum.encode.table.outputs import check_writable, convert, form_of, is_aside, table_path, write_y_hat
+from hilum.encode.table.resume import (
     Past,
     Places,
     Shard,
@@ -33,8 +33,8 @@ from hilum.encode.resume import (
     write_inputs,
     write_shard,
 )
-from hilum.encode.rows import feature_rows, feature_schema, rows_table
-from hilum.encode.sources import Loaded, Series, Source, load, open_source, place_masks, read_rows, stamp_of
+from hilum.encode.table.rows import feature_rows, feature_schema, rows_table
+from hilum.encode.table.sources import Loaded, Series, Source, load, open_source, place_masks, read_rows, stamp_of
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError, UsageError, WorkerDied
 from hilum.records import hash_json, table_metadata, versions

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hilum.encode.contract import Contract
+from hilum.encode.released.weights import build, read_weights
 from hilum.encode.vit import ViT
-from hilum.encode.weights import build, read_weights
 from hilum.errors import ContractError
 from hilum.records import read_json
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from hilum.encode.attention import attend
 from hilum.encode.contract import Contract
-from hilum.encode.natural import check_sides, processor_contract
-from hilum.encode.shards import read_tensors, shard_map
+from hilum.encode.released.natural import check_sides, processor_contract
+from hilum.encode.released.shards import read_tensors, shard_map
+from hilum.encode.released.weights import build, compare
 from hilum.encode.vit import Attention, LayerScale, Tokens
-from hilum.encode.weights import build, compare
 from hilum.errors import ContractError, UsageError
 from hilum.records import read_json
 
