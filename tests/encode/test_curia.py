@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hilum import large
-from hilum.encode.contract import prepare_slice, volume_statistics
+from hilum.encode.contract import check_scan, prepare_slice, volume_statistics
 from hilum.encode.encoder import Encoder
 from hilum.encode.released.curia import curia_contract, read_curia, write_curia_settings
 from hilum.errors import ContractError, InputError, UsageError
@@ -42,6 +42,9 @@ def released(images, size: int = SIZE, eps: float = 1e-6, clip_below_air: bool =
         else:
             outs.append(zscore(sized(image))[None])
     return outs
+
+
+CONTRACT = curia_contract({})
 
 
 def ours(pixels: np.ndarray, modality: str = "MR", statistics=None, **changes) -> Tensor:
@@ -138,7 +141,9 @@ def test_an_image_scaled_to_one_is_refused(low, high):
         with pytest.raises(
             ContractError, match=r"cuts fractions off, which would leave next to nothing.*multiply by 1000"
         ):
-            ours(pixels, modality)
+            check_scan(pixels[None], modality, "", CONTRACT)
+    dark = np.stack([pixels, 400 * pixels])
+    check_scan(dark, "MR", "", CONTRACT)  # a dark slice of a bright scan
     assert torch.equal(ours(1000 * pixels), released(1000 * pixels)[0])
 
 
@@ -147,6 +152,7 @@ def test_what_loses_nothing_is_no_trap():
     rim = np.zeros((70, 70), np.float32)
     rim[:3, :3] = 0.7
     for pixels in (np.eye(70, dtype=np.float32), np.zeros((70, 70)), rim):
+        check_scan(pixels[None], "MR", "", CONTRACT)
         assert torch.equal(ours(pixels), released(pixels)[0])
     air = RNG.uniform(-1000.4, -999.6, (70, 70)).astype(np.float32)
     assert torch.equal(ours(air, "CT"), released(air)[0])

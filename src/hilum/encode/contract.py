@@ -141,6 +141,23 @@ def check_kind(modality: str, unit: str, contract: Contract) -> None:
         raise ContractError(f"CT comes in HU; found unit '{unit}'")
 
 
+def check_scan(voxels: Pixels, modality: str, unit: str, contract: Contract) -> None:
+    """ContractError when the encoder may not be shown this scan (Z, Y, X): as `check_kind`, or because rounding destroys it.
+
+    That is a scan without a unit, most often scaled to [0, 1] or [-1, 1], in which a tenth of the voxels have a fraction and at
+    most three grey levels would be left. A dark slice of another scan is none.
+    """
+    check_kind(modality, unit, contract)
+    if contract.rounding == "none" or unit == "HU" or voxels.dtype.kind != "f":
+        return
+    low, high = (float(np.trunc(found(voxels))) for found in (np.min, np.max))
+    if high - low <= 2 and sum(np.count_nonzero(np.trunc(s) != s) for s in voxels) * 10 >= voxels.size:
+        raise ContractError(
+            f"the scan holds {float(voxels.min()):.3g} to {float(voxels.max()):.3g} and this encoder cuts fractions off, "
+            "which would leave next to nothing; give it stored intensities, or multiply by 1000"
+        )
+
+
 def normalise_slice(pixels: Pixels, unit: str, contract: Contract) -> Tensor:
     """Clip and standardise one slice at its stored size: (Y, X) in its unit → (1, Y, X) float32 without unit."""
     return standardise(show_range(pixels, unit, contract), contract)
@@ -153,7 +170,7 @@ def show_range(pixels: Pixels, unit: str, contract: Contract) -> Tensor:
     if not np.isfinite(pixels).all():
         raise ContractError("the slice holds NaN or infinite values; expected finite numbers")
     if contract.rounding == "int16":
-        image = torch.from_numpy(round_to_int16(pixels, unit).astype(np.float32)) / INT16.max
+        image = torch.from_numpy(round_to_int16(pixels).astype(np.float32)) / INT16.max
     else:
         image = torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
     if unit == "HU" and contract.clip_hu is not None:
@@ -166,20 +183,13 @@ def show_range(pixels: Pixels, unit: str, contract: Contract) -> Tensor:
     return image[None]
 
 
-def round_to_int16(pixels: Pixels, unit: str) -> NDArray[np.int16]:
-    """Fractions cut off, towards zero. ContractError for values that int16 has not, or for an image that is destroyed by it:
-    one without a unit, most often scaled to [0, 1] or [-1, 1], in which a tenth of the pixels have a fraction and at most
-    three grey levels would be left."""
+def round_to_int16(pixels: Pixels) -> NDArray[np.int16]:
+    """Fractions cut off, towards zero. ContractError for values that int16 has not."""
     whole = np.trunc(pixels)
     low, high = float(whole.min()), float(whole.max())
     if low < INT16.min or high > INT16.max:
         raise ContractError(
             f"the slice holds {low:.0f} to {high:.0f}; this encoder wants whole numbers from {INT16.min} to {INT16.max}"
-        )
-    if unit != "HU" and high - low <= 2 and np.count_nonzero(whole != pixels) * 10 >= pixels.size:
-        raise ContractError(
-            f"the slice holds {float(pixels.min()):.3g} to {float(pixels.max()):.3g} and this encoder cuts fractions off, "
-            "which would leave next to nothing; give it stored intensities, or multiply by 1000"
         )
     return whole.astype(np.int16)
 

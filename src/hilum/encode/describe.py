@@ -29,7 +29,7 @@ def in_words(contract: Mapping[str, Any]) -> tuple[str, ...]:
 def notes_of(volume: "Volume", contract: "AnyContract") -> tuple[str, ...]:
     """What the contract does to this scan beside what it does to every scan: short notes for its feature rows.
 
-    Whether the scan may be shown at all is for `check_kind` to say.
+    Whether the scan may be shown at all is for `check_scan` to say.
     """
     values = to_dict(contract)
     return _volume_notes(volume, values) if "background_px" in values else _slice_notes(volume, values)

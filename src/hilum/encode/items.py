@@ -4,10 +4,9 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from hilum.encode.contract import Contract, Statistics, check_kind, prepare_slice, volume_statistics
+from hilum.encode.contract import Contract, Statistics, check_scan, prepare_slice, volume_statistics
 from hilum.encode.encoder import Encoder
 from hilum.encode.grids import chosen_slices, largest_slices, region_weights
 from hilum.encode.pooling import ACROSS, POOLINGS
@@ -110,8 +109,7 @@ class Item:
     def image(self) -> Tensor:
         """(channels, size, size), prepared by the contract, each time anew: a scan's images are larger than the scan."""
         vol = self.scan.image
-        pixels = vol.voxels[self.slice].astype(np.float32, copy=False)
-        return prepare_slice(pixels, vol.modality, vol.unit, self.contract, self.statistics())
+        return prepare_slice(vol.voxels[self.slice], vol.modality, vol.unit, self.contract, self.statistics())
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +160,7 @@ def make_items(scan: Scan, encoder: Encoder, how: How) -> Iterator[AnyItem]:
     if not isinstance(contract, Contract):
         yield Whole3D(scan, encoder)
         return
-    check_kind(vol.modality, vol.unit, contract)
+    check_scan(vol.voxels, vol.modality, vol.unit, contract)
     statistics = Once(vol, contract)
     if how.level != "region":
         for z in chosen_slices(vol.shape[0], how.max_slices):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from hilum.encode.contract import prepare_slice, resize
+from hilum.encode.contract import check_scan, prepare_slice, resize
 from hilum.encode.encoder import Encoder
 from hilum.encode.vit import Tokens
 from hilum.errors import ContractError
@@ -110,6 +110,7 @@ def competition_vector(
 
 def _encode(encoder: Encoder, vol: Volume, planes: Iterator[NDArray[Any]], batch_size: int) -> Iterator[Tokens]:
     contract = encoder.slice_contract
+    check_scan(vol.voxels, vol.modality, vol.unit, contract)
     while batch := [prepare_slice(p, vol.modality, vol.unit, contract) for p in islice(planes, batch_size)]:
         yield encoder.tokens(torch.stack(batch))
 

@@ -1,8 +1,8 @@
 """The first weights of a run: drawn, or taken from another run or a released encoder.
 
-A run folder gives its teacher, the heads too where they fit; anything else (`encode/released/weights.py`) gives a backbone. Student and
-teacher start equal. Learned positions are interpolated to the grid of the recipe, as the transformer itself does when it is
-shown an image of that size; every other difference is refused, never bent.
+A run folder gives its teacher, the heads too where they fit; anything else (`encode/released/weights.py`) gives a backbone.
+Student and teacher start equal. Learned positions are interpolated to the grid of the recipe, as the transformer itself
+does when it is shown an image of that size; every other difference is refused, never bent.
 """
 
 from pathlib import Path

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from hilum.encode.contract import prepare_slice, volume_statistics
+from hilum.encode.contract import check_scan, prepare_slice, volume_statistics
 from hilum.encode.encoder import Encoder
 from hilum.encode.regions import check_same_grid, curia_cells
 from hilum.encode.released.curia import curia_contract
@@ -98,6 +98,7 @@ class CuriaHead:
 
         mask  on the scan's grid; every number but zero is the region. A head of slices then judges the slices that it meets
         """
+        check_scan(scan.voxels, scan.modality, scan.unit, self.encoder.slice_contract)
         if self.settings.of_volumes:
             tokens, slices = self._volume_tokens(scan, mask, match_upstream)
             return Prediction(self._judge([tokens], match_upstream), tuple(slices))
