@@ -225,8 +225,8 @@ def test_a_signal_in_the_last_step_is_not_lost(archive, whole, tmp_path, key, mo
 def test_a_second_signal_stops_at_once(archive, tmp_path, key):
     def signalled(done: int, total: int | None, what: str) -> None:
         if what == "storing scans":
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)  # to this thread, so that both are met here
 
     with pytest.raises(KeyboardInterrupt):
         prepare(archive, tmp_path / "store", key=key, num_workers=1, progress=signalled)

@@ -139,18 +139,18 @@ def _spread(whole: int, length: int, count: int) -> list[Part]:
 # ---- memory
 
 
-def memory_estimate(config: ViTConfig, num_tokens: int, dtype: torch.dtype = torch.float32, batch: int = 1) -> int:
+def memory_estimate(config: ViTConfig, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that weights and one forward pass take at their highest, besides the process itself.
 
-    num_tokens  of one image or volume, class token and registers included
+    num_tokens  of the volume, class token and registers included
     dtype       of the encoder's precision
     """
     with torch.device("meta"):
         weights = sum(p.numel() for p in ViT(config).parameters()) * dtype.itemsize
-    return weights + pass_bytes(config, num_tokens, dtype, batch)
+    return weights + pass_bytes(config, num_tokens, dtype)
 
 
-def pass_bytes(config: ViTConfig, num_tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
+def pass_bytes(config: ViTConfig, num_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one forward pass without gradients: the image in float32, and the larger of the two branches of a block.
 
     Attention holds the tokens three times in float32 (as they are, laid end to end, normalised), queries, keys and values, and
@@ -167,7 +167,7 @@ def pass_bytes(config: ViTConfig, num_tokens: int, dtype: torch.dtype, batch: in
     feed_forward = 16 * width + narrowed + (hidden * 3 if size < 4 else hidden * 4)
     matrix = 2 * heads * num_tokens * size if num_tokens <= SHORT_SEQUENCE else 0
     image = math.prod(config.patch) * config.channels * 4
-    return batch * num_tokens * (image + max(attention + matrix, feed_forward))
+    return num_tokens * (image + max(attention + matrix, feed_forward))
 
 
 def available_memory(device: torch.device) -> int:
