@@ -284,6 +284,15 @@ def test_read_gives_one_scan(phantom, ct_folder, key, monkeypatch, tmp_path):
         hilum.read(phantom / "scans", series="zz")
 
 
+def test_read_is_not_confused_by_a_label_map_beside_the_scan(ct_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HILUM_KEY", str(tmp_path / "key"))
+    shutil.copytree(ct_folder, tmp_path / "scan")
+    labels = np.zeros((32, 32, 8), np.uint8)
+    labels[8:20, 8:20] = 1
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / "scan" / "labels.nii.gz")
+    assert hilum.read(tmp_path / "scan").modality == "CT"
+
+
 def test_a_missing_source(tmp_path, key):
     with pytest.raises(InputError, match="is missing"), open_source(tmp_path / "none", key):
         pass

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from hilum.archive.dicom.header import looks_like_dicom
-from hilum.archive.intake import read_scan
+from hilum.archive.intake import judge_kind, read_scan
 from hilum.archive.ledger import Entry
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import find
@@ -25,6 +25,8 @@ def read(path: str | Path, series: str | None = None, *, key: Key | None = None)
     path, key = Path(path), key or read_key()
     rows = [entry for entry in _entries(path, key) if entry.key.startswith(series or "")]
     used = [entry for entry in rows if entry.used]
+    if len(used) > 1:  # only its voxels tell a label map
+        used = [entry for entry in map(judge_kind, used) if entry.used]
     if len(used) == 1:
         return read_scan(used[0])
     if used:
