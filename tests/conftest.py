@@ -1,6 +1,7 @@
 """Fixtures for all tests: the real data, where present, and a key."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from hilum import cli
 from hilum.archive.privacy import Key
 
 
@@ -67,3 +69,18 @@ def write_ct(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def hilum(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hilum", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        captured = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+    return run

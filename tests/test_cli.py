@@ -26,22 +26,6 @@ from hilum.errors import (
     UsageError,
 )
 
-
-@pytest.fixture
-def hilum(monkeypatch, capsys):
-    """Run a command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hilum", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        captured = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
-
-
 # ---- every way to end
 
 

@@ -178,8 +178,13 @@ def table_metadata(table: pa.Table) -> dict[str, Any]:
 
 def hash_file(path: Path) -> str:
     """16 hex digits of a file's content."""
+    return sha256_file(path)[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits, as others publish it."""
     with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

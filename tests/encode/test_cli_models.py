@@ -1,33 +1,16 @@
 """The commands about models, from a hub to features, as a user runs them."""
 
 import json
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hilum import cli
 from hilum.encode.encoder import write_encoder
 from hilum.encode.released.doctor import check_model
 from hilum.encode.vit import ViT, ViTConfig
 from hilum.encode.volume_contract import VolumeContract
-
-
-@pytest.fixture
-def hilum(monkeypatch, capsys):
-    """Run a command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["hilum", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        code = caught.value.code
-        captured = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

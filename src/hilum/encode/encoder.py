@@ -1,7 +1,7 @@
 """Encoders: slices or volumes in, tokens out, with a contract. One final class, whatever the network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +78,8 @@ class Encoder:
 
         window  the images are this block of larger ones (`hilum.encode.chunks`)
         """
-        half, place = self.precision == "bfloat16", () if window is None else (window,)
-        few = len(images)
-        if self.device.type == "cpu":
-            few = max(1, CPU_PATCHES * math.prod(self.patch) // math.prod(images.shape[2:]))
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            passes = [self.network(part.to(self.device), *place) for part in images.split(few)]  # type: ignore[no-untyped-call]
-            joined = [torch.cat(list(parts)).float().cpu() for parts in zip(*passes)]
-        return Tokens(*joined)
+        place = () if window is None else (window,)
+        return self._run(images, lambda part: [self.network(part, *place)])[0]
 
     def layers(self, images: Tensor, numbers: Sequence[int]) -> list[Tokens]:
         """The same after chosen blocks, -1 the last, each through the final LayerNorm. UsageError where there is none."""
@@ -94,10 +88,16 @@ class Encoder:
         choose: Any = getattr(self.network, "layers", None)
         if choose is None:
             raise UsageError(f"{self.name} has no layers to choose from; expected last")
-        half = self.precision == "bfloat16"
+        return self._run(images, lambda part: choose(part, numbers))
+
+    def _run(self, images: Tensor, network: Callable[[Tensor], Sequence[Tokens]]) -> list[Tokens]:
+        """`network`, which gives one or several `Tokens`, in the encoder's precision; on a CPU a few images at a time."""
+        half, few = self.precision == "bfloat16", len(images)
+        if self.device.type == "cpu":
+            few = max(1, CPU_PATCHES * math.prod(self.patch) // math.prod(images.shape[2:]))
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            found = choose(images.to(self.device), numbers)
-            return [Tokens(*(part.float().cpu() for part in tokens)) for tokens in found]
+            passes = [network(part.to(self.device)) for part in images.split(few)]  # type: ignore[no-untyped-call]
+            return [Tokens(*(torch.cat(parts).float().cpu() for parts in zip(*some))) for some in zip(*passes)]
 
     def encode(
         self,

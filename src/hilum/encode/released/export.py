@@ -10,7 +10,6 @@ loaded again and gave the tokens of the original on the phantom.
 contract.json lies beside in all of them.
 """
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -25,11 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hilum.archive.phantom import make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.encode.contract import Contract, prepare_slice, volume_statistics
 from hilum.encode.encoder import AnyContract, Encoder
 from hilum.encode.released.curia import write_curia_settings
-from hilum.encode.released.golden import phantom_scans
+from hilum.encode.released.golden import SLICE, phantom_scans
 from hilum.encode.released.layouts import transformers_config, transformers_kind, write_layout
 from hilum.encode.released.voxelfm import read_voxelfm, write_voxelfm
 from hilum.encode.released.weights import read_weights
@@ -37,7 +35,7 @@ from hilum.encode.vit import ViT, interpolate_positions
 from hilum.encode.volume_contract import VolumeContract, prepare_volume
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, UsageError
-from hilum.records import explain_full_disk, write_json
+from hilum.records import explain_full_disk, sha256_file, write_json
 from hilum.settings import to_dict
 
 Loaded = tuple[str, Callable[[Tensor], Tensor]]  # what it was loaded with, and images → tokens in one sequence
@@ -87,7 +85,9 @@ def export(model: str | Path, out: str | Path, to: str = "hf") -> dict[str, Any]
                 )
             write_json(folder / "contract.json", to_dict(encoder.contract))
             files = {
-                path.relative_to(folder).as_posix(): _hash(path) for path in sorted(folder.rglob("*")) if path.is_file()
+                path.relative_to(folder).as_posix(): sha256_file(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
             }
             os.replace(folder, out)
         finally:
@@ -106,12 +106,13 @@ def phantom_images(contract: AnyContract) -> Tensor:
     encoder of volumes the CT, (1, 1, Z, Y, X)."""
     if not isinstance(contract, Contract):
         return prepare_volume(phantom_scans()["CT"], contract).image[None]
-    anatomy = make_anatomy(sample_patient(0), num_slices=4, matrix=128)
     images = []
-    for scan in (scan_ct(anatomy), scan_mr(anatomy)):
+    for scan in phantom_scans().values():
         if scan.modality in contract.modalities:
             statistics = volume_statistics(scan.voxels, scan.modality, scan.unit, contract)
-            images += [prepare_slice(p, scan.modality, scan.unit, contract, statistics) for p in scan.voxels[1:3]]
+            images += [
+                prepare_slice(p, scan.modality, scan.unit, contract, statistics) for p in scan.voxels[SLICE : SLICE + 2]
+            ]
     if not images:
         raise ContractError(f"the contract takes {', '.join(contract.modalities)}; the check needs CT or MR")
     return torch.stack(images)
@@ -250,8 +251,3 @@ def at_size(model: ViT, size_px: int) -> ViT:
 def in_sequence(parts: Sequence[Tensor]) -> Tensor:
     """Class token (B, D) and others (B, N, D) as one sequence, as transformers has them."""
     return torch.cat([parts[0][:, None], *parts[1:]], 1)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

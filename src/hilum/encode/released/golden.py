@@ -6,6 +6,7 @@ what is behind it: the order of sums, a narrower type, or another function.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ SLICES, SLICE = (3, 9, 15, 21), 15  # those that an encoder of slices is shown, 
 ROUNDING, NARROW = 1e-3, 0.1
 
 
+@cache
 def phantom_scans() -> dict[str, Volume]:
     """A CT and an MR of the same synthetic patient, (24, 96, 96); the same on every machine."""
     anatomy = make_anatomy(sample_patient(0), NUM_SLICES, MATRIX)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from hilum.archive.locks import hold
 from hilum.encode.released.models import RECORD, find_released, is_pulled, model_folder, repo_of
 from hilum.errors import ContractError, InputError, LicenceError, UsageError, WeightsAbsent
-from hilum.records import explain_full_disk, read_json, write_json
+from hilum.records import explain_full_disk, read_json, sha256_file, write_json
 from hilum.terminal import Progress
 
 _FILES = ("config.json", "preprocessor_config.json", "model.safetensors")  # of a repository that is not in the table
@@ -58,7 +58,7 @@ def verify(folder: Path) -> None:
             wrong.append(f"{path} is missing")
         elif (size := file.stat().st_size) != facts.get("size"):
             wrong.append(f"{path} has {size:,} bytes, expected {facts.get('size', 0):,}")
-        elif _sha256(file) != facts.get("sha256"):
+        elif sha256_file(file) != facts.get("sha256"):
             wrong.append(f"{path} has changed")
     if wrong:
         raise ContractError(
@@ -134,7 +134,7 @@ def _fetch(name: str, repo: str, asked: str, folder: Path, progress: Progress | 
         "repo": repo,
         "asked": asked,
         "revision": info.sha,
-        "files": {f.path: {"size": f.size, "sha256": _sha256(part / f.path)} for f in wanted},
+        "files": {f.path: {"size": f.size, "sha256": sha256_file(part / f.path)} for f in wanted},
         "licence": released.weights_licence if released else "see the repository",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -186,7 +186,7 @@ def _download(api: Any, repo: str, commit: str, file: _File, path: Path, counted
             http_get(at, handle, resume_size=start, headers=headers, expected_size=file.size)
             os.fsync(handle.fileno())
         os.replace(rest, path)
-    content_matches = _sha256(path) == file.sha256 if file.sha256 else _git_blob(path) == file.blob
+    content_matches = sha256_file(path) == file.sha256 if file.sha256 else _git_blob(path) == file.blob
     if not content_matches:
         path.unlink()
         raise InputError(
@@ -246,11 +246,6 @@ def _explained(repo: str, asked: str) -> Iterator[None]:
 
 
 _AGAIN = "what came so far is kept, run the same command again when the network is there"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _git_blob(path: Path) -> str:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from hilum.encode.released.weights import account
+from hilum.encode.released.weights import account, build
 from hilum.encode.shape import SIZES, ViTConfig
 from hilum.encode.vit import ViT
 from hilum.encode.volume_contract import VolumeContract
@@ -72,9 +72,7 @@ def read_voxelfm(folder: Path) -> tuple[ViT, VolumeContract, dict[str, Any]]:
     state.setdefault("registers", torch.zeros(1, 0, SIZES[config.size][0]))
     changes = {"query and key rows put in our rotary order": len(transformed), "rotary periods compared with ours": 1}
     weights = account(config, state, origins, tensors, "VoxelFM", path, changes)
-    with torch.device("meta"):  # nothing is drawn that would be written over
-        model = ViT(config)
-    model.load_state_dict(weights.state, assign=True)
+    model = build(ViT, config, weights.state)
     return model, contract, {**weights.report, "heads": heads}
 
 
