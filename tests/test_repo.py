@@ -29,6 +29,7 @@ FLOORS = {
     "encode": 4,
     "probe": 5,
     "pretrain": 6,
+    "bench": 7,
     "api": 8,
     "demo": 8,
     "demo_report": 8,
