@@ -1,8 +1,9 @@
 """Fixtures for all tests: the real data, where present, and a key."""
 
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data at {path}; set HILUM_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Python waits at its end for processes that it started, for ever if they do not listen."""
+    yield
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    assert not left, f"processes that no test ended: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,8 @@ def test_a_signal_in_the_last_step_is_not_lost(archive, whole, tmp_path, key, mo
 
 
 def test_a_second_signal_stops_at_once(archive, tmp_path, key):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start background jobs without one
+
     def signalled(done: int, total: int | None, what: str) -> None:
         if what == "storing scans":
             for _ in range(2):

@@ -1,6 +1,8 @@
 """Batches that depend on their sample numbers only."""
 
 import contextlib
+import multiprocessing
+import multiprocessing.resource_sharer
 import os
 import signal
 from collections.abc import Iterator
@@ -220,8 +222,11 @@ def test_a_device_is_sent_slices_and_numbers_and_makes_the_same_pixels(store_pat
 def test_errors_of_a_worker_come_through_whole(store_path, small, tmp_path):
     slices = make_slices(store_path, with_run(small["lejepa"], num_workers=1))
     slices.store.root = tmp_path
-    with contextlib.closing(batches(slices, 0)) as stream, pytest.raises(StoreError, match=r"^volume \w+ of"):
-        next(stream)
+    before = multiprocessing.active_children()
+    with pytest.raises(StoreError, match=r"^volume \w+ of") as raised:
+        next(batches(slices, 0))
+    assert raised.traceback  # which refers to the loader; yet its workers are gone
+    assert multiprocessing.active_children() == before
 
 
 @pytest.fixture
@@ -246,4 +251,17 @@ def test_the_death_of_a_worker_is_told(stream):
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
     with pytest.raises(WorkerDied, match=r"ended from outside .* lower run\.num_workers .* run the same command again"):
+        list(islice(stream, 10))
+
+
+@pytest.mark.parametrize("what", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_death_while_a_batch_is_handed_over_is_told(stream, monkeypatch, what):
+    """What the connection to the dead worker raises: it takes the right moment to see it for real."""
+    next(stream)
+
+    def broken(self: object) -> None:
+        raise what
+
+    monkeypatch.setattr(multiprocessing.resource_sharer.DupFd, "detach", broken)
+    with pytest.raises(WorkerDied, match="ended from outside"):
         list(islice(stream, 10))

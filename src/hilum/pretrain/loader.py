@@ -6,7 +6,7 @@ makes the pixels (`render.py`).
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -253,26 +253,38 @@ def batches(
         pin_memory=device.type == "cuda",
     )
     before = signal.getsignal(signal.SIGCHLD)
-    stream = iter(loader)
+    stream: Any = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(
             signal.SIGCHLD, before
         )  # torch would raise wherever the program is; asking it for a batch raises, too
-    while True:
-        try:
-            made = next(stream, None)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-                raise
-            raise WorkerDied(
-                f"a process that makes training data was ended from outside ({error}). Most often memory ran out: lower "
-                "run.num_workers (each holds up to three batches), then run the same command again to go on"
-            ) from None
-        if made is None:
-            return
-        if isinstance(made, HilumError):
-            raise made
-        yield made if isinstance(made, Batch) else slices.render_batch(made.to(device))
+    try:
+        while (made := _next_batch(stream)) is not None:
+            if isinstance(made, HilumError):
+                raise made
+            yield made if isinstance(made, Batch) else slices.render_batch(made.to(device))
+    finally:  # now, not when nobody refers to them any more: an exception may do so until the program ends, and workers that
+        if run.num_workers:  # ignore SIGTERM (`_begin_worker`) would never let it end
+            stream._shutdown_workers()
+
+
+def _next_batch(stream: Iterator[Any]) -> Batch | DrawnBatch | HilumError | None:
+    """None after the last; WorkerDied when a worker was ended from outside."""
+    try:
+        return next(stream, None)
+    except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: it died while it handed a batch over
+        if isinstance(error, RuntimeError) and not _tells_of_a_death(error):
+            raise
+        raise WorkerDied(
+            f"a process that makes training data was ended from outside ({error or 'while it handed a batch over'}). Most "
+            "often memory ran out: lower run.num_workers (each holds up to three batches), then run the same command "
+            "again to go on"
+        ) from None
+
+
+def _tells_of_a_death(error: RuntimeError) -> bool:
+    """Whether torch's loader says so."""
+    return "exited unexpectedly" in str(error) or "is killed by signal" in str(error)
 
 
 def _rendered_by_workers(device: torch.device) -> bool:
