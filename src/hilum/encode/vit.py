@@ -81,7 +81,7 @@ class Attention(nn.Module):
             out = attend(q_BHND, k_BHND, v_BHND)
             outs.append(out.transpose(1, 2).reshape(b * n, -1))
             start += b * n
-        return scale.linear(torch.cat(outs), self.proj)
+        return scale.linear(joined(outs), self.proj)
 
 
 class FeedForward(nn.Module):
@@ -132,6 +132,11 @@ class Block(nn.Module):
         self.ls2.fold(self.mlp.fc2)
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """End to end; one alone is not copied."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 def add_residual(xs: list[Tensor], branch: Callable[[Tensor, Shapes], Tensor], kept: Kept) -> list[Tensor]:
     """`x + branch(x)` for crops of several sizes laid end to end, the branch computed on some samples only.
 
@@ -142,7 +147,9 @@ def add_residual(xs: list[Tensor], branch: Callable[[Tensor, Shapes], Tensor], k
     """
     inputs = xs if kept is None else [x[index] for x, index in zip(xs, kept)]
     shapes = [(x.shape[0], x.shape[1]) for x in inputs]
-    out = branch(torch.cat([x.flatten(0, 1) for x in inputs]), shapes)
+    out = branch(joined([x.flatten(0, 1) for x in inputs]), shapes)
+    if not torch.is_grad_enabled() and kept is None and len(xs) == 1:
+        return [xs[0].add_(out.view_as(xs[0]))]
     parts = [p.view(b, n, -1) for p, (b, n) in zip(out.split_with_sizes([b * n for b, n in shapes]), shapes)]
     if kept is None:
         return [x + part for x, part in zip(xs, parts)]
