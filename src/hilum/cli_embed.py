@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,12 +80,17 @@ def _take_y_hat(folder: str, name: str, out: Path, form: str | None) -> dict[str
 
 
 def _text(result: dict[str, Any], out: Path) -> str:
+    from hilum.terminal import WIDTH
+
     lines = [
         f"{out}: {result['num_rows']:,} rows of {result['num_scans']:,} scans, model {result['model']}; "
         f"{result['num_encoded']:,} new or changed"
     ]
     lines += [f"set aside: {number:,} files, {reason}" for reason, number in result["set_aside"].items()]
-    lines += [f"left out: series {row['series']}: {row['reason']}" for row in result["left_out"][:20]]
+    lines += [
+        textwrap.fill(f"left out: series {row['series']}: {row['reason']}", WIDTH, subsequent_indent="  ")
+        for row in result["left_out"][:20]
+    ]
     if len(result["left_out"]) > 20:
         lines.append(f"left out: {len(result['left_out']) - 20:,} more (all with --json)")
     return "\n".join(lines)

@@ -151,6 +151,7 @@ def _write_hf(encoder: Encoder, folder: Path, images: Tensor) -> Loaded:
         return "hilum", lambda images: in_sequence(again(images))
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     theirs, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     faults = [f"{what}: {names}" for what, names in info.items() if names]
     if faults:
