@@ -1,14 +1,14 @@
 """Predictions: one row per case, head seed and draw. Every score, interval and figure is computed from these rows.
 
-    kind            target                      output
-    classification  (class number)              probability of each class
-    multilabel      0, 1 or NaN of each label   probability of each label
-    regression      (value)                     (value)
-    survival        (time, event)               (risk), higher dies sooner
-    localisation    (x, y, z) in LPS mm         (x, y, z) in LPS mm
-    segmentation    true voxels of each class   class after class: predicted voxels, shared voxels, 95 % Hausdorff
-                                                distance in mm, mean surface distance in mm; NaN where undefined
-    retrieval       (label number)              recall at 1, 5, 10 over the query's trials of that label
+kind            target                      output
+classification  (class number)              probability of each class
+multilabel      0, 1 or NaN of each label   probability of each label
+regression      (value)                     (value)
+survival        (time, event)               (risk), higher dies sooner
+localisation    (x, y, z) in LPS mm         (x, y, z) in LPS mm
+segmentation    true voxels of each class   class after class: predicted voxels, shared voxels, 95 % Hausdorff
+                                            distance in mm, mean surface distance in mm; NaN where undefined
+retrieval       (label number)              recall at 1, 5, 10 over the query's trials of that label
 """
 
 from pathlib import Path

@@ -73,11 +73,13 @@ class Source:
     path    a file, or the folder of one DICOM series
     form    "scan": whatever `hilum.read` reads; other forms belong to one publisher and are read by its dataset's file
     series  which one, where a folder holds several
+    files   the DICOM files of one scan, where a folder holds those of thousands
     """
 
     path: Path
     form: str = "scan"
     series: str | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

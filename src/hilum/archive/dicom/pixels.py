@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from hilum.archive.dicom.codecs import PIXEL_DATA, PLAIN, WORDS, check_inflation, decode, stored_dtype, syntax_name
-from hilum.archive.dicom.geometry import even_slices, stack
+from hilum.archive.dicom.geometry import SMALLEST_MM, even_slices, stack
 from hilum.archive.dicom.header import BROKEN, HEADER_TAGS, Header, Texts, describe, integer, quiet
 from hilum.archive.dicom.slices import quick, slices
 from hilum.archive.policy import AS_IS, Policy
@@ -63,6 +64,22 @@ def read(paths: Sequence[Path], frames: Sequence[int] = (), policy: Policy = AS_
         notes.add(f"{num_padded} padding pixels set to {_AIR_HU} HU")
     vol, repairs = _volume([headers[n] for n in range(len(paths))], voxels, policy)
     return vol, tuple(sorted(notes | repairs))
+
+
+def read_lone(path: Path) -> Volume:
+    """One slice alone, as a volume (1, Y, X) turned as `read` does. Raises ScanRefused.
+
+    Where the file states no SliceThickness the affine takes 1 mm, which within the slice changes nothing.
+    """
+    with closing(_read_file(path, [0])) as found:
+        header, pixels, _, padded = next(found)
+    header = with_thickness(header)
+    return _volume([header], _rescale(pixels, header, padded)[None], AS_IS)[0]
+
+
+def with_thickness(header: Header) -> Header:
+    """The header of a lone slice; 1 mm where it states no SliceThickness."""
+    return header if header.thickness >= SMALLEST_MM else replace(header, thickness=1.0)
 
 
 def _put(voxels: NDArray[Any] | None, n: int, plane: NDArray[Any], num_slices: int) -> NDArray[Any]:
