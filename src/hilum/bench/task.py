@@ -74,12 +74,14 @@ class Source:
     form    "scan": whatever `hilum.read` reads; other forms belong to one publisher and are read by its dataset's file
     series  which one, where a folder holds several
     files   the DICOM files of one scan, where a folder holds those of thousands
+    box     only this part of it, (z, y, x) of its first and last voxel as the scan is turned: a crop that is judged by itself
     """
 
     path: Path
     form: str = "scan"
     series: str | None = None
     files: tuple[Path, ...] = ()
+    box: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

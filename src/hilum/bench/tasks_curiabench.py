@@ -179,7 +179,7 @@ CURIABENCH: tuple[Task, ...] = (
     ),
     Task(
         id="curiabench-3d:F", title="Findings of abdominal CT", dataset="Merlin", target="findings",
-        kind="multilabel", unit="volume", modality="CT", metric="auroc", chance=0.5, classes=MERLIN_30,
+        kind="multilabel", unit="volume", modality="CT", metric="macro_auroc", chance=0.5, classes=MERLIN_30,
         label_rule="1 present, 0 absent, -1 not mentioned, of zero_shot_findings_disease_cls.csv",
         split_rule="official: column Split of reports_final.xlsx",
         our_choice="the paper's labels (about 200 questions that a language model answered, RATE) are not published: we take "

@@ -14,7 +14,7 @@ _WHOLE = "whole scans instead of crops, so that a Dice is that of a patient; pat
 VOXELFM: tuple[Task, ...] = (
     Task(
         id="voxelfm:CT-RATE", title="Findings of chest CT", dataset="CT-RATE", target="findings",
-        kind="multilabel", unit="volume", modality="CT", metric="auroc", chance=0.5, classes=CT_RATE_18,
+        kind="multilabel", unit="volume", modality="CT", metric="macro_auroc", chance=0.5, classes=CT_RATE_18,
         label_rule="18 columns of multi_abnormality_labels/{train,valid}_predicted_labels.csv",
         split_rule="official valid is the test part; validation is drawn from train by patient (the paper says 20 %, its code "
         "keeps 3 to 5 %)",
@@ -23,7 +23,7 @@ VOXELFM: tuple[Task, ...] = (
     ),
     Task(
         id="voxelfm:Merlin", title="Findings of abdominal CT", dataset="Merlin", target="findings-absent",
-        kind="multilabel", unit="volume", modality="CT", metric="auroc", chance=0.5, classes=MERLIN_30,
+        kind="multilabel", unit="volume", modality="CT", metric="macro_auroc", chance=0.5, classes=MERLIN_30,
         label_rule="30 columns of zero_shot_findings_disease_cls.csv; -1 (not mentioned) becomes 0, as in the public code",
         split_rule="official: column Split of reports_final.xlsx", published=("classification", "Merlin"),
     ),
@@ -86,7 +86,7 @@ VOXELFM: tuple[Task, ...] = (
     ),
     Task(
         id="voxelfm:LUNA16", title="Where a lung nodule lies", dataset="LUNA16", target="position",
-        kind="localisation", unit="region", modality="CT", metric="mean_distance_mm",
+        kind="localisation", unit="volume", modality="CT", metric="mean_distance_mm",
         label_rule="centre of a nodule of annotations.csv, in a crop that holds it",
         split_rule=SEEDED + "; the publisher's is neither seeded nor sorted",
         our_choice="6 cubes a nodule, side drawn from max(40, 2 · diameter) to 240 mm (at most the scan), position drawn so "

@@ -26,7 +26,8 @@ from hilum.bench.datasets.hub_files import read_hub_image, read_hub_mask
 from hilum.bench.datasets.pickles import read_array
 from hilum.bench.task import Case, Region, Source
 from hilum.errors import InputError, ScanRefused
-from hilum.volume import Volume, to_slices
+from hilum.records import hash_file, hash_json
+from hilum.volume import Volume, crop_or_pad, to_slices
 
 # What a folder of binary masks, one for each structure, is numbered by.
 MASK_FOLDERS = {
@@ -94,7 +95,12 @@ FORMS: dict[str, Callable[[Source], Volume]] = {
 def read_source(source: Source) -> Volume:
     """The voxels of a source, turned as `hilum.volume.to_slices` turns a scan. Raises ScanRefused, InputError."""
     try:
-        return FORMS[source.form](source)
+        vol = FORMS[source.form](source)
+        if source.box is None:
+            return vol
+        first, last = source.box
+        shape = last[0] - first[0] + 1, last[1] - first[1] + 1, last[2] - first[2] + 1
+        return crop_or_pad(vol, first, shape, fill=0.0)
     except (OSError, LookupError, pa.ArrowInvalid) as error:
         raise InputError(
             f"{source.path.name} cannot be read as {source.form}: {type(error).__name__} {error}"
@@ -129,6 +135,27 @@ def read_region(region: Region, scan: Volume) -> Volume:
     if not numbers.any():
         raise InputError("the region holds no voxel of its scan; expected at least one")
     return Volume(voxels=numbers, affine=scan.affine, modality="OT", kind="label")
+
+
+def source_hash(source: Source) -> str:
+    """16 hex digits of what a source holds: the content of its files, and which part of it. InputError when it is missing."""
+    paths = list(source.files) or [source.path]
+    if source.path.is_dir() and not source.files:
+        paths = sorted(path for path in source.path.rglob("*") if path.is_file())
+    if beside := [path.with_suffix(s) for path in paths for s in _VOXELS.get(path.suffix, ())]:
+        paths += [path for path in beside if path.is_file()]
+    if lost := [path for path in paths if not path.is_file()]:
+        raise InputError(f"{lost[0].name} is missing; hilum bench check says what else is")
+    row = [source.series, source.form, source.box]
+    return hash_json([row, *([path.name, _file_hash(path, path.stat().st_mtime_ns)] for path in paths)])
+
+
+_VOXELS = {".mhd": (".raw", ".zraw"), ".hdr": (".img",)}  # files beside a header that hold its voxels
+
+
+@lru_cache(maxsize=1 << 16)
+def _file_hash(path: Path, changed: int) -> str:
+    return hash_file(path)
 
 
 def _numbers(source: Source, scan: Volume) -> NDArray[Any]:

@@ -129,10 +129,9 @@ def _crops(into: Collector, scan: Path, grid: Grid, nodule: Nodule) -> None:
             Case(
                 id=f"{scan.stem}/{nodule.row}_{number}",
                 patient=scan.stem,
-                scan=Source(path=scan),
+                scan=Source(path=scan, box=box),
                 modality="CT",
-                target=centre,
-                region=Region(box=box),
+                target=tuple(place - first for place, first in zip(centre, box[0])),
             )
         )
 
