@@ -32,8 +32,9 @@ def all_published() -> tuple[Published, ...]:
     """Every row of published.csv."""
     text = files("hilum.bench").joinpath("published.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(text.splitlines())
+    names = ("suite", "track", "task", "dataset", "metric", "model")
     return tuple(
-        Published(**{**row, "score": float(row["score"]), "se": float(row["se"]) if row["se"] else None})
+        Published(**{n: row[n] for n in names}, score=float(row["score"]), se=float(row["se"]) if row["se"] else None)
         for row in rows
     )
 

@@ -87,7 +87,8 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """Where to look: the voxels of a label map with one of `values` (None: all but zero), or a box or point in voxels of the
-    scan as it is read, (z, y, x) first and last."""
+    scan as it is read, (z, y, x) first and last. Of a segmentation's truth `values` are the numbers of the classes, in their
+    order (None: 1, 2, …)."""
 
     source: Source | None = None
     values: tuple[int, ...] | None = None

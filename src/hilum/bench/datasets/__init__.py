@@ -17,6 +17,7 @@ from hilum.bench.datasets.deeplesion import read_deeplesion
 from hilum.bench.datasets.forms import read_region as read_region
 from hilum.bench.datasets.forms import read_scan as read_scan
 from hilum.bench.datasets.forms import read_source as read_source
+from hilum.bench.datasets.forms import read_truth as read_truth
 from hilum.bench.datasets.forms import source_hash as source_hash
 from hilum.bench.datasets.ixi import read_ixi
 from hilum.bench.datasets.kits23 import read_kits23

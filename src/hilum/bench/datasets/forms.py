@@ -24,7 +24,7 @@ from hilum.bench.datasets.analyze import read_analyze
 from hilum.bench.datasets.grids import Grid, image_header, turned_grid
 from hilum.bench.datasets.hub_files import read_hub_image, read_hub_mask
 from hilum.bench.datasets.pickles import read_array
-from hilum.bench.task import Case, Region, Source
+from hilum.bench.task import Case, Region, Source, Task
 from hilum.errors import InputError, ScanRefused
 from hilum.records import hash_file, hash_json
 from hilum.volume import Volume, crop_or_pad, to_slices
@@ -119,21 +119,39 @@ def read_region(region: Region, scan: Volume) -> Volume:
     """A region on exactly the grid of its scan.
 
     scan      as `read_source` returns it
-    returns   kind "label". With `values` or a box: 1 inside, 0 outside. A map without `values`: its class numbers as stored
-              (for segmentation, class k of `Task.classes` is number k + 1)
+    returns   kind "label", 1 inside, 0 outside
 
     Raises ScanRefused `labels_off_grid` when the map lies on another grid, InputError when the region holds no voxel.
     """
-    if region.source is None:
-        numbers: NDArray[Any] = np.zeros(scan.shape, np.uint8)
-        if region.box is not None:
-            numbers[tuple(slice(first, last + 1) for first, last in zip(*region.box))] = 1
-    else:
-        numbers = _numbers(region.source, scan)
-        if region.values is not None:
-            numbers = np.isin(numbers, region.values).astype(np.uint8)
+    numbers = np.zeros(scan.shape, np.uint8)
+    if region.source is not None:
+        stored = _numbers(region.source, scan)
+        numbers[stored != 0 if region.values is None else np.isin(stored, region.values)] = 1
+    elif region.box is not None:
+        numbers[tuple(slice(first, last + 1) for first, last in zip(*region.box))] = 1
     if not numbers.any():
         raise InputError("the region holds no voxel of its scan; expected at least one")
+    return Volume(voxels=numbers, affine=scan.affine, modality="OT", kind="label")
+
+
+def read_truth(task: Task, region: Region, scan: Volume) -> Volume:
+    """The truth of a segmentation, on the grid of its scan: class k of `Task.classes` is number k + 1, all else 0.
+
+    `Region.values` are the stored numbers of the classes, in their order; several for a task of one class. None: the numbers of
+    the map are those of the classes. Raises ScanRefused `labels_off_grid`, InputError when a region has no label map.
+    """
+    if region.source is None:
+        raise InputError("a segmentation needs a label map; found a region without one")
+    stored = _numbers(region.source, scan)
+    classes = len(task.classes)
+    if region.values is None:
+        numbers = np.where(stored <= classes, stored, 0).astype(np.int32)
+    elif classes == 1:
+        numbers = np.isin(stored, region.values).astype(np.int32)
+    else:
+        numbers = np.zeros(scan.shape, np.int32)
+        for number, value in enumerate(region.values, 1):
+            numbers[stored == value] = number
     return Volume(voxels=numbers, affine=scan.affine, modality="OT", kind="label")
 
 
