@@ -1,5 +1,6 @@
 """`hilum bench check`: what of a task's data is there, what is missing or malformed, and where to get it."""
 
+import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from pathlib import Path
 
 from hilum.bench.datasets import dataset_folder, read_cases
 from hilum.bench.published import published_scores
-from hilum.bench.task import Case, Found, Problem, Task
+from hilum.bench.task import Case, Dataset, Found, Problem, Task
 from hilum.bench.tasks import DATASETS
 from hilum.errors import EXIT_DONE, EXIT_INPUT_REFUSED, EXIT_SOME_LEFT_OUT
-from hilum.terminal import WIDTH, Progress, format_table
+from hilum.terminal import WIDTH, Progress, format_table, wrap_row
 
+_NAME_WIDTH = 44
 _KINDS_SHOWN, _PATHS_SHOWN, _CLASSES_SHOWN = 12, 3, 12
 
 
@@ -63,7 +65,7 @@ def describe(task: Task, found: Found, folder: Path) -> Check:
 
 
 def _head(task: Task) -> str:
-    lines = [f"{task.id}: {task.title} ({task.kind} of a {task.unit}, {task.modality}, by {task.metric})"]
+    lines = [_wrap(f"{task.id}: {task.title} ({task.kind} of a {task.unit}, {task.modality}, by {task.metric})", 0)]
     rules = [("label", task.label_rule), ("split", task.split_rule), ("our choice", task.our_choice)]
     lines += [_wrap(f"{name}: {rule}", 2) for name, rule in rules if rule]
     best = {}
@@ -146,9 +148,19 @@ def _where_from(task: Task) -> str:
         _wrap(f"Get it: {dataset.url}", 0),
         _wrap(f"Licence: {dataset.licence}", 0),
         f"Layout of {dataset.name}/, below the folder given by --data, or that folder itself:",
-        *(f"  {line}" for line in textwrap.dedent(dataset.layout).strip("\n").rstrip().splitlines()),
+        *layout_lines(dataset),
     ]
     return "\n".join(lines)
+
+
+def layout_lines(dataset: Dataset) -> list[str]:
+    """The files of a data set, one a line, with what they are beside them."""
+    lines: list[str] = []
+    text = re.sub(r"\n {20,}", " ", textwrap.dedent(dataset.layout).strip())  # a line that goes on
+    for line in text.splitlines():
+        name, _, what = line.partition("   ")
+        lines.append(wrap_row([f"  {name}"], [_NAME_WIDTH], what.strip()))
+    return lines
 
 
 def _wrap(text: str, indent: int) -> str:

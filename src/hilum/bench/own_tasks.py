@@ -214,7 +214,12 @@ class _Reader:
         values: tuple[int, ...] | None = data.mask_values or None
         if data.mask_value:
             values = (self._whole(row, data.mask_value),)
-        labels = _read_mask(scan, mask) if mask and task.kind != "segmentation" else None
+        labels = None
+        if mask and task.kind == "segmentation":
+            _check_grid(scan, grid_of(mask).shape)
+        elif mask:
+            labels = read_label_map(mask, None).volume
+            _check_grid(scan, labels.shape)
         modality = row[data.modality] if data.modality else task.modality
         named = [row[data.scan], *(row[c] for c in (data.slice, data.mask_value) if c)]
         return Case(
@@ -273,12 +278,10 @@ class _Reader:
         return _FROM_TEXT[task.kind](task, [row[name] for name in self.data.label], scan)
 
 
-def _read_mask(scan: Path, mask: Path) -> Volume:
-    """A label map turned as its scan. Raises ScanRefused when it has another shape than the header of the scan says."""
-    labels = read_label_map(mask, None).volume
-    if scan.is_file() and (shape := grid_of(scan).shape) != labels.shape:
-        raise ScanRefused("labels_off_grid", f"labels of shape {labels.shape}, a scan of {shape}")
-    return labels
+def _check_grid(scan: Path, shape: tuple[int, int, int]) -> None:
+    """Raises ScanRefused when a mask has another shape than the header of its scan says; of a folder the run will tell."""
+    if scan.is_file() and (wanted := grid_of(scan).shape) != shape:
+        raise ScanRefused("labels_off_grid", f"labels of shape {shape}, a scan of {wanted}")
 
 
 def _inside(labels: Volume, values: tuple[int, ...] | None) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:

@@ -14,8 +14,8 @@ _LIST = (
         """,
     ),
     Dataset(
-        name="TotalSegmentator-MRI", title="TotalSegmentator MRI (298 subjects, later 616; 56 structures)",
-        url="https://doi.org/10.5281/zenodo.11367005", licence="CC BY-NC-SA 2.0 (see the record)",
+        name="TotalSegmentator-MRI", title="TotalSegmentator MRI (298 subjects with 56 structures; later 616 with 50)",
+        url="https://doi.org/10.5281/zenodo.11367005", licence="CC BY-NC-SA 2.0",
         layout="""
         meta.csv                                  semicolons; image_id, split, …
         sNNNN/mri.nii.gz
@@ -51,7 +51,7 @@ _LIST = (
     ),
     Dataset(
         name="DeepLesion", title="DeepLesion: 32,735 lesions in 10,594 CT studies of 4,427 patients",
-        url="https://nihcc.app.box.com/v/DeepLesion", licence="usage statement of the NIH Clinical Center (CC BY 4.0-like)",
+        url="https://nihcc.app.box.com/v/DeepLesion", licence="usage statement of the NIH Clinical Center",
         layout="""
         DL_info.csv                               File_name, Patient_index, Bounding_boxes, Coarse_lesion_type, …
         Images_png/<patient_study_series>/<slice>.png      16 bits, HU = value - 32768
@@ -153,7 +153,8 @@ _LIST = (
         name="CT-RATE", title="CT-RATE: 25,692 chest CT of 21,304 patients",
         url="https://huggingface.co/datasets/ibrahimhamamci/CT-RATE", licence="CC BY-NC-SA 4.0",
         layout="""
-        dataset/train_fixed/**/train_N_x_n.nii.gz, dataset/valid_fixed/**/valid_N_x_n.nii.gz     (or train, valid)
+        dataset/train_fixed/**/train_N_x_n.nii.gz      or dataset/train
+        dataset/valid_fixed/**/valid_N_x_n.nii.gz      or dataset/valid
         dataset/multi_abnormality_labels/{train,valid}_predicted_labels.csv     VolumeName, 18 findings
         """,
     ),
@@ -194,8 +195,8 @@ _LIST = (
         name="NSCLC-Radiomics", title="NSCLC-Radiomics (Lung1): CT and survival of 422 patients",
         url="https://doi.org/10.7937/K9/TCIA.2015.PF0M9REI", licence="CC BY-NC 3.0",
         layout="""
-        metadata.csv                              the clinical table (also under its own name, NSCLC-Radiomics-Lung1*.csv):
-                                                  PatientID, Survival.time, deadstatus.event
+        metadata.csv                              the clinical table (or NSCLC-Radiomics-Lung1*.csv): PatientID,
+                                                  Survival.time, deadstatus.event
         <PatientID>/…/*.dcm                       CT, RTSTRUCT and SEG series (below NSCLC-Radiomics/, too)
         """,
     ),
@@ -209,7 +210,7 @@ _LIST = (
     ),
     Dataset(
         name="AirRC", title="AirRC: airways and lung vessels on 254 scans of LUNA16",
-        url="https://doi.org/10.5281/zenodo.15283563", licence="as stated in the record",
+        url="see the publication of AirRC; the scans: https://luna16.grand-challenge.org", licence="as its publisher states",
         layout="""
         labelsTr/<seriesuid>.nii.gz               1 airway lumen, 2 wall, 3 veins, 4 arteries
         subset0 … subset9/<seriesuid>.mhd, .raw   of LUNA16 (a folder LUNA16 beside this one is found, too)
@@ -219,8 +220,9 @@ _LIST = (
         name="CuriaBench", title="CuriaBench as its authors ship it: slices or volumes with mask and target",
         url="https://huggingface.co/datasets/raidium/CuriaBench (access on request)", licence="as stated on the page",
         layout="""
-        <config>/{train,validation,test}*.parquet (or .arrow)      image, mask, target, …
-        or <config>/{train,val,test}/extra_data.npy (filename, target, …), images/<name>.npy, images/<stem>.mask.npy
+        <config>/{train,validation,test}*.parquet      image, mask, target, … (or .arrow); or, as it was uploaded from:
+        <config>/{train,val,test}/extra_data.npy       filename, target, …
+        <config>/{train,val,test}/images/<name>.npy    and <stem>.mask.npy
         """,
     ),
 )  # fmt: skip

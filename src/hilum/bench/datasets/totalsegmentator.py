@@ -5,8 +5,9 @@ from pathlib import Path
 
 from hilum.bench.datasets.collect import Collector, read_rows
 from hilum.bench.datasets.forms import MASK_FOLDERS
-from hilum.bench.datasets.grids import Areas, measure, on_grid
+from hilum.bench.datasets.grids import Areas, grid_of, measure, on_grid
 from hilum.bench.task import Case, Region, Source, Split
+from hilum.errors import ScanRefused
 
 MIN_VOXELS = 30  # of a structure; fewer are shreds at the border of the field
 _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
@@ -30,21 +31,24 @@ def read_totalsegmentator(into: Collector) -> None:
         _organs(into, table.parent, image, subjects)
 
 
-def _present(into: Collector, folder: Path) -> list[Path]:
-    """The masks of a subject; a problem when some are missing."""
-    masks = [folder / f"{name}.nii.gz" for name in into.task.classes]
-    present = [mask for mask in masks if mask.exists()]
-    if len(present) < len(masks):
-        lost = next(mask.name for mask in masks if mask not in present)
-        found = f"{len(masks) - len(present)} of {len(masks)} masks missing, first {lost}"
-        into.miss(
-            folder, found, f"{len(masks)} masks (versions 1 and 2 name them differently)", len(masks) - len(present)
-        )
-    return present
+def _present(into: Collector, root: Path, subjects: dict[str, Split]) -> dict[str, list[Path]]:
+    """The masks of each subject. What no subject has is another version's; what some have is missing in the others."""
+    names = [f"{name}.nii.gz" for name in into.task.classes]
+    present = {subject: [n for n in names if (root / subject / "segmentations" / n).exists()] for subject in subjects}
+    known = {name for here in present.values() for name in here}
+    if subjects and (foreign := [name for name in names if name not in known]):
+        found = f"{len(foreign)} of {len(names)} structures have no mask in any subject, first {foreign[0]}"
+        into.miss(root, found, "a mask of each (versions of this data set differ in their structures)", 0)
+    for subject, here in present.items():
+        if lost := [name for name in names if name in known and name not in here]:
+            found = f"{len(lost)} of {len(known)} masks missing, first {lost[0]}"
+            cases = 0 if into.task.kind == "segmentation" else len(lost)
+            into.miss(root / subject / "segmentations", found, "a mask of every structure", cases)
+    return {subject: [root / subject / "segmentations" / name for name in here] for subject, here in present.items()}
 
 
 def _organs(into: Collector, root: Path, image: str, subjects: dict[str, Split]) -> None:
-    wanted = [(mask, None) for name in subjects for mask in _present(into, root / name / "segmentations")]
+    wanted = [(mask, None) for masks in _present(into, root, subjects).values() for mask in masks]
     filled: dict[str, dict[Path, Areas]] = defaultdict(dict)
     for mask, _, found in measure(into, wanted):
         if found.volume >= MIN_VOXELS:
@@ -68,11 +72,24 @@ def _organs(into: Collector, root: Path, image: str, subjects: dict[str, Split])
             )
 
 
+def _fits(into: Collector, scan: Path, masks: list[Path]) -> bool:
+    """Whether all masks have the shape of their scan, by their headers."""
+    try:
+        return bool(masks) and len(on_grid(into, scan, [(mask, grid_of(mask).shape) for mask in masks])) == len(masks)
+    except ScanRefused as refused:
+        into.miss(masks[0].parent, str(refused), "masks that can be read")
+        return False
+
+
 def _segmentation(into: Collector, root: Path, image: str, subjects: dict[str, Split]) -> None:
     form = next(form for form, names in MASK_FOLDERS.items() if names == into.task.classes)
+    present = _present(into, root, subjects)
     for subject, split in subjects.items():
         folder = root / subject / "segmentations"
-        if not _present(into, folder):
+        if len(present[subject]) < max(map(len, present.values())):
+            into.miss(folder, "masks missing", "those of all subjects: a missing one would count as background")
+            continue
+        if not _fits(into, root / subject / image, present[subject]):
             continue
         into.cases.append(
             Case(
