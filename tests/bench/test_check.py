@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hilum.bench.catalogue import catalogue
 from hilum.bench.check import check_task
 from hilum.bench.datasets.pickles import read_array
 from hilum.bench.published import all_published, published_scores
@@ -82,6 +84,12 @@ def test_the_table_of_tasks_has_no_gaps() -> None:
         assert all((dataset.title, dataset.url, dataset.licence, dataset.layout.strip())), dataset.name
 
 
+def test_listing_tasks_loads_nothing_heavy() -> None:
+    code = "import sys, hilum.bench.tasks; print(sorted({'torch', 'numpy', 'pyarrow', 'scipy'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_an_unknown_task_is_answered_with_its_neighbours() -> None:
     with pytest.raises(UsageError, match=r"did you mean: curiabench-hub:luna16, .*voxelfm:LUNA16"):
         find_task("luna")
@@ -151,3 +159,13 @@ def test_what_is_no_array_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_a_task_of_a_data_set_without_a_reader() -> None:
     with pytest.raises(UsageError, match="has no reader"):
         check_task(replace(TASKS["voxelfm:OSIC"], dataset="Elsewhere"), Path("."))
+
+
+def test_the_page_of_tasks_is_up_to_date() -> None:
+    """To renew it, write `hilum.bench.catalogue.catalogue()` from "## The tasks" on."""
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert page[page.index("## The tasks") :] == catalogue()
+    shown = page[page.index("    [task]") : page.index("| setting of")]
+    example = (Path(__file__).parents[2] / "examples" / "tasks" / "tumour_type.toml").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in shown.splitlines()]
+    assert all(line in example for line in lines if line)

@@ -105,6 +105,17 @@ def test_labels_from_masks(folder: Path) -> None:
     assert (np.bincount(truth.ravel())[1:]).tolist() == [30, 36]
 
 
+def test_any_configuration_of_the_hub(tmp_path: Path) -> None:
+    """One that hilum does not list: the task says what its numbers mean."""
+    made.hub_tables(tmp_path)
+    (tmp_path / "CuriaBench/kits").rename(tmp_path / "CuriaBench/new")
+    path = toml(tmp_path, "classification", "region", "auroc", 'hub = "new"\nfolder = "CuriaBench"')
+    path.write_text(path.read_text().replace('table = "cases.csv"\n', ""))
+    task, found = read_own_task(path)
+    assert (task.id, len(found.cases), found.cases[0].split) == ("own:mine", 5, "test")
+    assert [p.found for p in found.problems] == ["no mask"]
+
+
 def test_every_mistake_of_the_file_is_named(folder: Path) -> None:
     data = 'label = ["a", "b"]\nlabel_from = "mask"\ntrain = ["x"]\nval = ["x"]'
     path = toml(folder, "classification", "region", "gini", data, classes="[]")

@@ -22,13 +22,14 @@ docs/tasks.md explains every line; mistakes are all named at once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from hilum.archive.labels import read_labels as read_label_map
 from hilum.bench.datasets.collect import Collector, Unusable, no_progress, number_of, read_rows
+from hilum.bench.datasets.curiabench import read_curiabench
 from hilum.bench.datasets.grids import grid_of
 from hilum.bench.task import Case, Found, Kind, Region, Source, Split, Task, Unit
 from hilum.errors import HilumError, ScanRefused, UsageError
@@ -58,6 +59,7 @@ class OwnData:
     """The table [data]: where it lies. Everything but `table`, folders and lists is the name of a column.
 
     table        CSV, one row a case; looked for beside the TOML file, then in the folder
+    hub          instead of a table: a configuration of raidium/CuriaBench, in folder/hub; labels and splits as shipped
     folder       of the scans, below --data, or below the TOML file's folder when no --data is given
     scan_folder  below the folder, in front of every entry of column `scan`; `mask_folder` likewise
     scan         a file, or the folder of a DICOM series
@@ -75,7 +77,8 @@ class OwnData:
     modality     column that overrides [task] modality
     """
 
-    table: str
+    table: str = ""
+    hub: str = ""
     folder: str = "."
     scan_folder: str = "."
     mask_folder: str = "."
@@ -119,6 +122,10 @@ def read_own_task(path: Path, root: Path | None = None, *, progress: Progress | 
     beside = path.parent / data.table
     try:
         into.need(folder, "the folder of [data] folder")
+        if data.hub:
+            into.task = replace(task, target=data.hub)
+            read_curiabench(into)
+            return task, into.found()
         _Reader(into, data, beside if beside.exists() else folder / data.table).read()
     except Unusable as unusable:
         into.problems.append(unusable.problem)
@@ -158,6 +165,10 @@ def _check(own: OwnFile, name: str) -> None:
         wrong.append(f"task.modality is '{task.modality}'; expected CT (in HU), MR, or OT for images without a unit")
     if data.label_from not in ("column", "mask volume", "mask centre"):
         wrong.append(f"data.label_from is '{data.label_from}'; expected column, mask volume or mask centre")
+    if bool(data.table) == bool(data.hub):
+        wrong.append("expected one of data.table and data.hub")
+    if data.hub:
+        return _complain(name, wrong)
     needs_mask = task.kind == "segmentation" or task.unit == "region" or data.label_from != "column"
     if needs_mask and not data.mask:
         wrong.append("data.mask is missing: the column with the label maps")
@@ -172,6 +183,10 @@ def _check(own: OwnFile, name: str) -> None:
     sides = [*data.train, *data.val, *data.test]
     if len(set(sides)) < len(sides):
         wrong.append("data.train, val and test share an entry")
+    _complain(name, wrong)
+
+
+def _complain(name: str, wrong: list[str]) -> None:
     if wrong:
         raise UsageError(f"{name}: " + "; ".join(wrong))
 
