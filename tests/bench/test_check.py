@@ -47,7 +47,7 @@ def test_a_folder_with_holes(tmp_path: Path) -> None:
         check = check_task(TASKS["curiabench-2d:A1"], root)
         assert (check.exit_code, check.lost) == (4, 1)
     text = check.text
-    assert "3 cases can be used, 1 are missing or malformed." in text
+    assert "3 cases can be used, 1 missing or malformed." in text
     assert "missing; expected the scan, costs 1 case\n      s1/ct.nii.gz" in text
     assert "102 of 104 classes have no case." in text
     for word in ("zenodo.6802614", "CC BY 4.0", "meta.csv", "sNNNN/segmentations/<class>.nii.gz"):

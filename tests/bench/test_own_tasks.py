@@ -123,7 +123,7 @@ def test_every_mistake_of_the_file_is_named(folder: Path) -> None:
         read_own_task(path)
     for said in ("classes is empty", "metric 'gini'", "label_from is 'mask'", "data.mask is missing", "share an entry"):
         assert said in str(error.value)
-    with pytest.raises(UsageError, match=r"unknown setting data.labels .*known: folder, id, label.*"):
+    with pytest.raises(UsageError, match=r"unknown setting data.labels .*known: folder, hub, id, label.*"):
         read_own_task(toml(folder, "classification", "slice", "accuracy", 'labels = "a"'))
     with pytest.raises(UsageError, match="names 1 columns; a survival needs 2"):
         read_own_task(toml(folder, "survival", "volume", "auroc", 'label = ["a"]'))
@@ -144,7 +144,7 @@ def test_bad_rows_are_problems(folder: Path) -> None:
     assert "labels_off_grid" in said[4]
     check = describe(task, found, folder)
     assert check.exit_code == 4
-    assert "1 cases can be used, 5 are missing or malformed" in check.text
+    assert "1 case can be used, 5 missing or malformed" in check.text
 
 
 def test_a_table_that_lacks_a_column(folder: Path) -> None:

@@ -50,7 +50,7 @@ def describe(task: Task, found: Found, folder: Path) -> Check:
     elif lost:
         code, verdict = (
             EXIT_SOME_LEFT_OUT,
-            f"{len(found.cases):,} cases can be used, {lost:,} are missing or malformed.",
+            f"{_cases(len(found.cases))} can be used, {lost:,} missing or malformed.",
         )
     else:
         code, verdict = EXIT_DONE, f"All {len(found.cases):,} cases can be used."
@@ -58,7 +58,7 @@ def describe(task: Task, found: Found, folder: Path) -> Check:
     if found.cases:
         parts.append(_counts(task, found.cases))
     if found.problems:
-        parts.append("Problems\n" + "\n".join(_problems(found.problems)))
+        parts.append("Problems, and what the rules leave out\n" + "\n".join(_problems(found.problems)))
     if task.dataset in DATASETS and code != EXIT_DONE:
         parts.append(_where_from(task))
     return Check(task=task, found=found, text="\n\n".join(parts) + "\n", exit_code=code)
@@ -122,7 +122,7 @@ def _problems(problems: Sequence[Problem]) -> list[str]:
     for group in groups[:_KINDS_SHOWN]:
         cost = sum(p.cases for p in group)
         count = f"{len(group):,} × " if len(group) > 1 else ""
-        said = f", costs {cost:,} cases" if cost > 1 else ", costs 1 case" if cost else ""
+        said = f", costs {_cases(cost)}" if cost else ""
         lines.append(_wrap(f"{count}{group[0].found}; expected {group[0].expected}{said}", 2))
         lines += [f"      {_short(p.path)}" for p in group[:_PATHS_SHOWN]]
         if len(group) > _PATHS_SHOWN:
@@ -130,6 +130,10 @@ def _problems(problems: Sequence[Problem]) -> list[str]:
     if len(groups) > _KINDS_SHOWN:
         lines.append(f"  and {len(groups) - _KINDS_SHOWN} more kinds of problems")
     return lines
+
+
+def _cases(number: int) -> str:
+    return f"{number:,} case" if number == 1 else f"{number:,} cases"
 
 
 def _without_numbers(text: str) -> str:

@@ -133,7 +133,7 @@ _LIST = (
     ),
     Dataset(
         name="OASIS-1", title="Open access series of imaging studies, cross-sectional: 416 subjects",
-        url="https://sites.wustl.edu/oasisbrains/home/oasis-1/", licence="OASIS data use terms",
+        url="https://sites.wustl.edu/oasisbrains", licence="OASIS data use terms",
         layout="""
         oasis_cross-sectional.csv                 ID, …, CDR (.xlsx is read, too)
         disc*/OAS1_NNNN_MR1/PROCESSED/MPRAGE/T88_111/*_t88_masked_gfc.{hdr,img}      Analyze 7.5

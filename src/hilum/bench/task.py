@@ -122,7 +122,8 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is missing or malformed in a publisher's folder. `cases` counts what it costs; `fatal` when no case is left."""
+    """What is missing or malformed in a publisher's folder. `cases` counts what it costs; 0 for what the label rule leaves out
+    of a whole folder. `fatal` when no case is left."""
 
     path: str
     found: str

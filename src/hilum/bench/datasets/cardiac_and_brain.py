@@ -21,7 +21,9 @@ def read_emidec(into: Collector) -> None:
     for folder in sorted(p for p in root.glob("Case_*") if p.is_dir()):
         scan = folder / "Images" / f"{folder.name}.nii.gz"
         mask = folder / "Contours" / f"{folder.name}.nii.gz"
-        if into.exists(scan, "the image of a case") and into.exists(mask, "its contours (training cases have them)"):
+        if not mask.parent.exists():
+            into.miss(mask.parent, "missing", "contours, which test cases have not", 0)
+        elif into.exists(scan, "the image of a case") and into.exists(mask, "its contours"):
             scans[mask] = scan
     found: dict[Path, dict[tuple[int, ...], Areas]] = {}
     for mask, values, areas in measure(into, [(mask, v) for mask in scans for v in (_MYOCARDIUM, _DEAD)]):
@@ -75,7 +77,7 @@ def read_atlas(into: Collector) -> None:
         assert affine is not None
         free = _free_slice(areas, float(np.linalg.norm(affine[:3, 0])))
         if free is None:
-            into.miss(mask, f"no slice {FREE_MM:g} mm away from the lesion", "one that is free of it")
+            into.miss(mask, f"no slice {FREE_MM:g} mm away from the lesion", "one that is free of it", 0)
         subject = next(part for part in scan.parts if part.startswith("sub-"))
         for z, label in ((areas.largest, 1), (free, 0)):
             if z is not None:

@@ -77,9 +77,8 @@ def read_ictcf(into: Collector) -> None:
         folders = [into.folder / "ct" / spelled for spelled in (name, row["ID"])]
         folder = next((f for f in folders if f.is_dir()), folders[0])
         if label is None:
-            into.miss(
-                table, f"{column} is '{value}'", "Positive or Negative" if into.task.target == "covid" else "an entry"
-            )
+            wanted = "Positive or Negative" if into.task.target == "covid" else "an entry"
+            into.miss(table, f"{column} is '{value}'", wanted, 0)
         elif into.exists(folder, "the folder of a patient's slices"):
             into.cases.append(Case(id=name, patient=name, scan=Source(path=folder), modality="CT", target=(label,)))
 

@@ -22,7 +22,7 @@ def read_ixi(into: Collector) -> None:
         found = ages.get(subject, set())
         if len(paths) > 1 or len(found) != 1:
             what = f"{len(paths)} images" if len(paths) > 1 else f"{len(found)} ages"
-            into.miss(paths[0], what, "one image and one age for a subject")
+            into.miss(paths[0], what, "one image and one age for a subject", 0)
             continue
         try:
             middle = grid_of(paths[0]).shape[0] // 2
@@ -40,7 +40,7 @@ def read_ixi(into: Collector) -> None:
             )
         )
     for subject in sorted(ages.keys() - images.keys()):
-        into.miss(into.folder / "IXI-T1" / f"IXI{subject:03d}-*-T1.nii.gz", "missing", "the T1 image of a row")
+        into.miss(into.folder / "IXI-T1" / f"IXI{subject:03d}-*-T1.nii.gz", "missing", "the T1 image of a row", 0)
 
 
 def _ages(into: Collector) -> dict[int, set[float]]:
@@ -53,7 +53,7 @@ def _ages(into: Collector) -> dict[int, set[float]]:
     for row in read_rows(into, table, ["IXI_ID", "AGE"]):
         number, age = number_of(row["IXI_ID"]), number_of(row["AGE"])
         if number is None or age is None or not 0 < age < 120:
-            into.miss(table, f"age '{row['AGE']}' of subject {row['IXI_ID'] or 'unnamed'}", "an age in years")
+            into.miss(table, f"age '{row['AGE']}' of subject {row['IXI_ID'] or 'unnamed'}", "an age in years", 0)
         else:
             ages.setdefault(int(number), set()).add(age)
     return ages

@@ -99,7 +99,7 @@ def _malignancy(into: Collector, scan: Path, grid: Grid, nodule: Nodule, rated: 
     near = [value for place, value in rated if np.linalg.norm(place - np.array(nodule.centre_mm)) <= reach]
     if not near or median(near) == 3:
         what = "a median rating of 3" if near else "no reader's outline near it"
-        into.miss(scan, f"nodule {nodule.row}: {what}", "a median below or above 3 (LIDC-XML-only)")
+        into.miss(scan, f"nodule {nodule.row}: {what}", "a median below or above 3 (LIDC-XML-only)", int(not near))
         return
     centre = grid.voxel(nodule.centre_mm)
     radius = nodule.diameter_mm / 2

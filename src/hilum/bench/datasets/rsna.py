@@ -48,10 +48,10 @@ def read_lumbar(into: Collector) -> None:
         grade = _GRADES.get(grades.get(row["study_id"], {}).get(name, ""))
         x, y = number_of(row["x"]), number_of(row["y"])
         path = images / row["study_id"] / row["series_id"] / f"{row['instance_number']}.dcm"
-        if grade is None or x is None or y is None:
-            into.miss(
-                into.folder / "train.csv", f"no grade or point of {name} in {row['study_id']}", "; ".join(_GRADES)
-            )
+        if x is None or y is None:
+            into.miss(into.folder / "train_label_coordinates.csv", f"row {number} without a point", "x and y")
+        elif grade is None:
+            into.miss(into.folder / "train.csv", f"no grade of {name} in {row['study_id']}", "; ".join(_GRADES), 0)
         elif kinds.get(row["series_id"]) != _SERIES[wanted]:
             into.miss(path.parent, f"a series of {kinds.get(row['series_id'], 'unknown kind')}", _SERIES[wanted])
         elif into.exists(path, "the slice of a labelled level"):
@@ -156,7 +156,7 @@ def read_embolism(into: Collector) -> None:
         if row["indeterminate"] == "1":
             unclear.add(place)
     if unclear:
-        into.miss(into.folder / "train.csv", f"{len(unclear)} indeterminate studies", "a label", len(unclear))
+        into.miss(into.folder / "train.csv", f"{len(unclear)} indeterminate studies", "a label", 0)
     for (study, series), label in sorted(positive.items()):
         folder = into.folder / "train" / study / series
         if (study, series) not in unclear and into.exists(folder, "the folder of a series"):

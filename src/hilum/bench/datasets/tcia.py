@@ -19,7 +19,7 @@ def read_tcga_kirc(into: Collector) -> None:
     outcomes = _gdc(into)
     for patient, (_, _, folder) in sorted(best.items()):
         if patient not in outcomes:
-            into.miss(into.folder / "clinical.tsv", f"no usable outcome of {patient}", "vital_status and days")
+            into.miss(into.folder / "clinical.tsv", f"no usable outcome of {patient}", "vital_status and days", 0)
         elif _has_dicom(into, folder):
             into.cases.append(
                 Case(id=patient, patient=patient, scan=Source(path=folder), modality="CT", target=outcomes[patient])
