@@ -21,7 +21,7 @@ FLOORS = {
     "records": 2,
     "settings": 2,
     "metrics": 2,
-    "stats": 2,
+    "stats": 3,
     "pages": 2,
     "figures": 2,
     "terminal": 2,

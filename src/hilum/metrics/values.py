@@ -58,8 +58,8 @@ def c_index(y_true: ArrayLike, risk: ArrayLike) -> float:
     """
     comparable, ordered = 0.0, 0.0
     for pairs, twice in concordance_rows(y_true, risk):
-        comparable += float(pairs.sum())
-        ordered += float(twice.sum())
+        comparable += float(pairs.sum(dtype=np.float64))
+        ordered += float(twice.sum(dtype=np.float64))
     if comparable == 0:
         raise ValueError("the C-index is undefined: no pair in which it is known who died first")
     return ordered / 2 / comparable
