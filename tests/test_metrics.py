@@ -78,4 +78,4 @@ def test_chance_is_what_a_predictor_without_knowledge_gets():
     assert auroc(y, RNG.normal(size=10000)) == pytest.approx(METRICS["auroc"].chance, abs=0.02)
     assert r2(y, np.full(10000, y.mean())) == METRICS["r2"].chance
     lower = {name for name, metric in METRICS.items() if not metric.higher_is_better}
-    assert lower == {"brier", "ece", "rmse", "mae", "distance_mm", "hd95_mm", "surface_distance_mm"}
+    assert lower == {"brier", "ece", "rmse", "mae", "mean_distance_mm", "hd95_mm", "surface_distance_mm"}

@@ -46,7 +46,7 @@ def columns_of(name, rng, decimals=1):
 
 
 def test_the_table_knows_every_metric():
-    assert set(WEIGHTED) == {metric.function for metric in METRICS.values()}
+    assert set(WEIGHTED) == {metric.function for metric in METRICS.values()} | {metrics.mean_where}
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -86,6 +86,7 @@ def test_undefined_draws_are_undefined_in_both():
         (metrics.c_index, (survival, score)),
         (metrics.balanced_accuracy, (y, y)),
         (metrics.r2, (y, score)),
+        (metrics.mean_where, (y == 1, score)),
     ):
         fast, slow = statistic(metric, columns, codes, num)(weights), Loop(metric, columns, codes)(weights)
         assert 0 < np.isnan(slow).sum() < 400

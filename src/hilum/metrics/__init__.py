@@ -34,8 +34,9 @@ from hilum.metrics.retrieval import recall_at_5 as recall_at_5
 from hilum.metrics.retrieval import recall_at_10 as recall_at_10
 from hilum.metrics.retrieval import recall_at_k as recall_at_k
 from hilum.metrics.values import c_index as c_index
-from hilum.metrics.values import distance_mm as distance_mm
 from hilum.metrics.values import mae as mae
+from hilum.metrics.values import mean_distance_mm as mean_distance_mm
+from hilum.metrics.values import mean_where as mean_where
 from hilum.metrics.values import r2 as r2
 from hilum.metrics.values import rmse as rmse
 
@@ -74,7 +75,7 @@ METRICS: dict[str, Metric] = {
     "rmse": Metric(function=rmse, needs="value", higher_is_better=False),
     "mae": Metric(function=mae, needs="value", higher_is_better=False),
     "c_index": Metric(function=c_index, needs="risk", chance=0.5),
-    "distance_mm": Metric(function=distance_mm, needs="point", higher_is_better=False),
+    "mean_distance_mm": Metric(function=mean_distance_mm, needs="point", higher_is_better=False),
     "dice": Metric(function=dice, needs="masks"),
     "dice_weighted": Metric(function=dice_weighted, needs="masks"),
     "dice_pooled": Metric(function=dice_pooled, needs="masks"),

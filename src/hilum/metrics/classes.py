@@ -97,8 +97,8 @@ def average_precision(y_true: ArrayLike, score: ArrayLike) -> float:
     """
     y, s = np.asarray(y_true), np.asarray(score, dtype=np.float64)
     check_lengths(y, s)
-    if not np.isfinite(s).all() or not np.isin(y, (0, 1)).all():
-        raise ValueError("average precision expects labels 0 and 1, and finite scores")
+    if s.ndim != 1 or not np.isfinite(s).all() or not np.isin(y, (0, 1)).all():
+        raise ValueError("average precision expects labels 0 and 1, and one finite score each")
     order = np.argsort(-s, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(s[order])), len(s) - 1)
     found = np.cumsum(y[order], dtype=np.float64)[ends]
@@ -177,9 +177,9 @@ def confidence_bins(
     y, p = np.asarray(y_true), np.asarray(proba, dtype=np.float64)
     check_lengths(y, p)
     columns = np.stack([1 - p, p], axis=1) if p.ndim == 1 else p
-    if not ((columns >= 0) & (columns <= 1)).all():
+    if not ((columns >= -1e-6) & (columns <= 1 + 1e-6)).all():
         raise ValueError("calibration needs probabilities between 0 and 1")
-    confidence = columns.max(axis=1)
+    confidence = columns.max(axis=1).clip(max=1.0)
     bins = np.clip(np.ceil(confidence * num_bins).astype(np.intp) - 1, 0, num_bins - 1)
     return bins, columns.argmax(axis=1) == y, confidence
 

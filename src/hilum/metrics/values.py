@@ -38,7 +38,16 @@ def mae(y_true: ArrayLike, y_pred: ArrayLike) -> float:
     return float(np.mean(np.abs(y - p)))
 
 
-def distance_mm(y_true: ArrayLike, y_pred: ArrayLike) -> float:
+def mean_where(where: ArrayLike, value: ArrayLike) -> float:
+    """Mean of the values (N,) where `where` (N,) is true. ValueError where it never is."""
+    w, v = np.asarray(where, dtype=bool), np.asarray(value, dtype=np.float64)
+    check_lengths(w, v)
+    if not w.any():
+        raise ValueError("undefined: no case to take the mean of")
+    return float(v[w].mean())
+
+
+def mean_distance_mm(y_true: ArrayLike, y_pred: ArrayLike) -> float:
     """Mean Euclidean distance between true and predicted points, both (N, 3) in mm."""
     y, p = np.asarray(y_true, dtype=np.float64), np.asarray(y_pred, dtype=np.float64)
     if y.ndim != 2 or y.shape != p.shape or len(y) == 0:

@@ -70,7 +70,9 @@ class Mean:
         self.parts, self.undefined = parts, undefined
 
     def __call__(self, weights: Weights) -> Values:
-        values: Values = np.stack([part(weights) for part in self.parts])
+        values = np.full((len(self.parts), weights.shape[1]), np.nan)
+        for row, part in zip(values, self.parts):
+            row[:] = part(weights)
         values[np.isnan(values)] = self.undefined
         return _mean_defined(values)
 
@@ -299,6 +301,10 @@ def _recall(column: int) -> Build:
     return build
 
 
+def _mean_where(where: Array, value: Array, codes: Codes, num: int) -> Statistic:
+    return _class_means(np.where(where, value, np.nan)[:, None], codes, num)
+
+
 def _mae(y: Array, predicted: Array, codes: Codes, num: int) -> Statistic:
     return _average(np.abs(y - predicted), codes, num)
 
@@ -340,8 +346,9 @@ WEIGHTED: dict[Callable[..., float], Build] = {
     metrics.r2: _r2,
     metrics.rmse: _rmse,
     metrics.mae: _mae,
+    metrics.mean_where: _mean_where,
     metrics.c_index: _c_index,
-    metrics.distance_mm: _distance,
+    metrics.mean_distance_mm: _distance,
     metrics.dice: _dice,
     metrics.dice_weighted: _dice_weighted,
     metrics.dice_pooled: _dice_pooled,
