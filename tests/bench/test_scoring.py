@@ -1,46 +1,25 @@
 """Scores of prediction rows of every kind, against the metric and the interval computed apart."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hilum.bench.predictions import SCHEMA, read_predictions, write_predictions
+from hilum.bench.predictions import read_predictions, write_predictions
 from hilum.bench.scoring import score_predictions
 from hilum.errors import InputError, UsageError
 from hilum.metrics import auroc, dice_per_case
 from hilum.stats import bootstrap_interval, delong, hanley_mcneil_se
 
+sys.path.insert(0, str(Path(__file__).parent))
+from prediction_rows import make_table
+
+sys.path.pop(0)
+
 FEW = {"num_resamples": 300}
-
-
-def make_table(kind, target, outputs, *, patients=None, **about):
-    """Rows as heads write them: `outputs` (draws, seeds, N, O), plus a validation row that must not count."""
-    outputs = np.asarray(outputs, dtype=float)
-    if outputs.ndim == 2:
-        outputs = outputs[None, None]
-    names = about.pop("cases", [f"c{n:04}" for n in range(len(target))])
-    patients = names if patients is None else [f"p{p}" for p in patients]
-    fixed = {
-        "task": "t",
-        "kind": kind,
-        "model": "m",
-        "contract": "k",
-        "features": "class",
-        "head": "linear",
-        "protocol": "full",
-    }
-    rows = []
-    for draw, seed in np.ndindex(*outputs.shape[:2]):
-        for case, patient, t, o in zip(names, patients, target, outputs[draw, seed]):
-            rows.append(
-                fixed
-                | about
-                | {"draw": draw, "seed": seed, "split": "test", "case": case, "patient": patient}
-                | {"target": list(np.atleast_1d(t).astype(float)), "output": list(np.atleast_1d(o))}
-            )
-    rows.append(rows[0] | {"split": "val", "case": "v"})
-    return pa.Table.from_pylist(rows[::-1], schema=SCHEMA)
 
 
 def binary(seed=0, num=80, seeds=3):
