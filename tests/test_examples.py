@@ -56,3 +56,9 @@ def test_the_page_about_features_runs(tmp_path: Path, monkeypatch: pytest.Monkey
             assert code in (None, 0, 4), line
     names = {path.name for path in tmp_path.iterdir()}
     assert {"f.parquet", "volumes.parquet", "regions.parquet", "dense.patches", "f.npz", "f.csv"} <= names
+
+
+def test_the_page_about_statistics_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(PAGES / "statistics.md"):
+        exec(compile(block, "docs/statistics.md", "exec"), {})
+    assert "200 patients" in capsys.readouterr().out

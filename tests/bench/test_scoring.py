@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from hilum.bench.predictions import read_predictions, write_predictions
 from hilum.bench.scoring import score_predictions
 from hilum.errors import InputError, UsageError
-from hilum.metrics import auroc, dice_per_case
+from hilum.metrics import auroc, dice_per_case, macro_auroc
 from hilum.stats import bootstrap_interval, delong, hanley_mcneil_se
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -88,6 +88,8 @@ def test_labels_with_unknowns_and_a_label_with_one_class():
     score = np.clip(rng.random((60, 3)) * 0.6 + 0.4 * y, 0, 1)
     y[::7, 0] = np.nan
     found = score_predictions(make_table("multilabel", y, score), "auroc", **FEW)
+    alone = bootstrap_interval(macro_auroc, y, score, clusters=np.arange(60), **FEW)
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
     known = ~np.isnan(y[:, 0])
     each = [roc_auc_score(y[known, 0], score[known, 0]), roc_auc_score(y[:, 1], score[:, 1])]
     assert found.metric == "macro_auroc"

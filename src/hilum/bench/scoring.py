@@ -22,8 +22,10 @@ from hilum.stats import (
     run_spread,
     total_se,
 )
+from hilum.stats.weighted import mean_defined
 from hilum.terminal import few
 
+MEANS_OF_LABELS = (metrics.macro_auroc, metrics.macro_average_precision, metrics.macro_f1)
 FEW_PATIENTS = 50  # at 50, simulated 95 % intervals hold the truth 92 to 95 times in 100
 
 
@@ -118,12 +120,7 @@ def score_predictions(
     parts = _class_parts(runs, name, classes)
     values = [_value(METRICS[name].function, c, name) for c in columns]
     value, notes = float(np.mean(values)), _notes(runs)
-    draws = np.full((len(columns) * (1 + len(parts)), 1), np.nan)
-    if len(np.unique(runs.patients)) > 1:
-        wanted = [(METRICS[name].function, c) for c in columns]
-        wanted += [(part.function, c) for part in parts for c in part.columns]
-        draws = bootstrap_many(wanted, clusters=runs.patients, num_resamples=num_resamples, seed=seed)
-    by_part = draws.reshape(1 + len(parts), len(columns), -1).mean(axis=1)
+    by_part = _draw(runs, METRICS[name].function, columns, parts, num_resamples, seed)
     interval = interval_of(value, by_part[0], runs.patients)
     grid = np.reshape(values, runs.outputs.shape[:2])
     case_se = float(np.nanstd(by_part[0])) if math.isfinite(interval.low) else math.nan
@@ -155,6 +152,28 @@ def score_predictions(
         brier=_calibration(runs, "brier"),
         notes=tuple(notes),
     )
+
+
+def _draw(
+    runs: Runs,
+    metric: Callable[..., float],
+    columns: list[tuple[Array, Array]],
+    parts: "list[_Part]",
+    num_resamples: int,
+    seed: int,
+) -> Array:
+    """Bootstrap values of the score and of each class, means over runs: (1 + classes, R), R = 1 without two patients."""
+    if len(np.unique(runs.patients)) < 2:
+        return np.full((1 + len(parts), 1), np.nan)
+    whole = metric in MEANS_OF_LABELS  # follows from its parts
+    wanted = [] if whole else [(metric, c) for c in columns]
+    wanted += [(part.function, c) for part in parts for c in part.columns]
+    draws = bootstrap_many(wanted, clusters=runs.patients, num_resamples=num_resamples, seed=seed)
+    draws = draws.reshape(-1, len(columns), num_resamples)
+    if whole:
+        draws = np.concatenate([mean_defined(draws)[None], draws])
+    means: Array = draws.mean(axis=1)
+    return means
 
 
 def chance_level(metric: str, y_true: Array) -> float | None:

@@ -20,6 +20,7 @@ from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_f
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds
 from hilum.records import hash_file, versions, write_table
+from hilum.stats import NUM_RESAMPLES
 from hilum.terminal import Progress
 
 Array = NDArray[Any]
@@ -62,7 +63,7 @@ def probe(
     num_components: int | None = None,
     num_folds: int = 5,
     seed: int = 0,
-    num_resamples: int = 1000,
+    num_resamples: int = NUM_RESAMPLES,
     output: Path | None = None,
     key: Key | None = None,
     progress: Progress | None = None,

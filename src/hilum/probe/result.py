@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from hilum.errors import LabelsError, UsageError
 from hilum.metrics import METRICS, Metric
 from hilum.probe.heads import Task
-from hilum.stats import Difference, Interval, bootstrap_interval, paired_difference
+from hilum.stats import NUM_RESAMPLES, Difference, Interval, bootstrap_interval, paired_difference
 
 Array = NDArray[Any]
 
@@ -133,7 +133,7 @@ def score_folds(predictions: pa.Table, task: Task, held_out: Sequence[str]) -> t
     return tuple(rows)
 
 
-def compare(results: Sequence[ProbeResult], *, num_resamples: int = 1000, seed: int = 0) -> list[Comparison]:
+def compare(results: Sequence[ProbeResult], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> list[Comparison]:
     """Every pair of results, on the cases both have, resampling the same patients for both.
 
     results  two or more of one target and task; `item` names a case across models

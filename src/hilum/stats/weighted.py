@@ -74,7 +74,7 @@ class Mean:
         for row, part in zip(values, self.parts):
             row[:] = part(weights)
         values[np.isnan(values)] = self.undefined
-        return _mean_defined(values)
+        return mean_defined(values)
 
 
 class RunningSums:
@@ -184,7 +184,7 @@ def _ratio(part: Values, whole: Values) -> Values:
     return values
 
 
-def _mean_defined(values: Values) -> Values:
+def mean_defined(values: Values) -> Values:
     """Mean over the first axis without NaN; NaN where all are."""
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
@@ -207,7 +207,7 @@ def _class_means(values: Array, codes: Codes, num_clusters: int) -> Sums:
     """Mean over the defined rows of each column of (N, C), then over the columns that have one."""
     defined = ~np.isnan(values)
     columns = np.concatenate([np.where(defined, values, 0.0), defined], axis=1)
-    return Sums(columns, codes, num_clusters, lambda s: _mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
+    return Sums(columns, codes, num_clusters, lambda s: mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
 
 
 def _auroc(y: Array, score: Array, codes: Codes, num: int) -> Statistic:
@@ -222,7 +222,7 @@ def _balanced_accuracy(y: Array, predicted: Array, codes: Codes, num: int) -> St
 
     def finish(sums: Values) -> Values:
         hits, counts = sums[: len(names)], sums[len(names) :]
-        return np.where((counts > 0).sum(axis=0) > 1, _mean_defined(hits / counts), np.nan)
+        return np.where((counts > 0).sum(axis=0) > 1, mean_defined(hits / counts), np.nan)
 
     return Sums(np.concatenate([true * (y == predicted)[:, None], true], axis=1), codes, num, finish)
 
@@ -233,7 +233,7 @@ def _f1(y: Array, score: Array, codes: Codes, num: int) -> Statistic:
     else:
         true, said = _one_hot(y, score.shape[1]), _one_hot(score.argmax(axis=1), score.shape[1])
     columns = np.concatenate([2 * true * said, true + said], axis=1)
-    return Sums(columns, codes, num, lambda s: _mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
+    return Sums(columns, codes, num, lambda s: mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
 
 
 def _brier(y: Array, proba: Array, codes: Codes, num: int) -> Statistic:
@@ -289,7 +289,7 @@ def _dice_weighted(true: Array, found: Array, codes: Codes, num: int) -> Statist
 
 def _dice_pooled(true: Array, found: Array, codes: Codes, num: int) -> Statistic:
     columns = np.concatenate([2 * found[..., SHARED], true + found[..., PREDICTED]], axis=1)
-    return Sums(columns, codes, num, lambda s: _mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
+    return Sums(columns, codes, num, lambda s: mean_defined(s[: len(s) // 2] / s[len(s) // 2 :]))
 
 
 def _recall(column: int) -> Build:
