@@ -159,6 +159,14 @@ def test_a_shuffled_label_scores_at_chance():
     assert found.low < 0.5 < found.high
 
 
+def test_a_constant_feature_scores_at_chance_and_is_named():
+    y, _ = binary()
+    found = score_predictions(make_table("classification", y, np.full((80, 2), 0.5)), **FEW)
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert "every case has the same output" in " ".join(found.notes)
+    assert "same output" not in " ".join(score_predictions(make_table("classification", *binary()), **FEW).notes)
+
+
 def test_rows_that_do_not_fit_together_are_refused():
     y, outputs = binary()
     table = make_table("classification", y, outputs)
@@ -178,5 +186,9 @@ def test_rows_that_do_not_fit_together_are_refused():
         score_predictions(make_table("regression", y[:2], [[np.nan], [1.0]]))
     with pytest.raises(InputError, match="probabilities between 0 and 1"):
         score_predictions(make_table("classification", y, outputs * 3))
+    with pytest.raises(InputError, match="1 of 1 test rows have no patient"):
+        score_predictions(table.slice(0, 2).set_column(11, "patient", pa.array(["p", None])))
+    with pytest.raises(ValueError, match="at least one resample"):
+        score_predictions(table, num_resamples=0)
     with pytest.raises(InputError, match="expected 2 and 1"):
         score_predictions(make_table("survival", y, outputs))

@@ -102,6 +102,11 @@ def read_runs(predictions: pa.Table) -> Runs:
     kind = rows["kind"][0].as_py()
     if kind not in _NEEDS:
         raise InputError(f"predictions of unknown kind {kind!r}; expected one of {', '.join(_NEEDS)}")
+    for name in ("case", "patient", "draw", "seed"):
+        if rows[name].null_count:
+            raise InputError(
+                f"{rows[name].null_count} of {rows.num_rows} test rows have no {name}; expected one in each"
+            )
     rows = rows.sort_by([(name, "ascending") for name in ("draw", "seed", "case")])
     target, output = _matrix(rows, "target"), _matrix(rows, "output")
     names = np.array(rows["case"].to_pylist())

@@ -308,6 +308,8 @@ def _notes(runs: Runs) -> list[str]:
         notes.append("all test cases are of one patient: there is no interval")
     elif num_patients < FEW_PATIENTS:
         notes.append(f"{num_patients} patients: below {FEW_PATIENTS}, percentile intervals run too narrow")
+    if len(runs.cases) > 1 and (runs.outputs == runs.outputs[:, :, :1]).all():
+        notes.append("every case has the same output: the features or the head say nothing about the case")
     if runs.kind == "segmentation":
         predicted = runs.outputs[0, 0].reshape(len(runs.cases), -1, 4)[..., 0]
         empty = metrics.empty_masks(runs.target, predicted)

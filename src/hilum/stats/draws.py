@@ -72,6 +72,8 @@ def evaluate(
     num_rows      of those weights, which sets how many draws are computed at once
     returns       (statistics, num)
     """
+    if num < 1:
+        raise ValueError(f"expected at least one resample; found {num}")
     size = min(max(BLOCK_ELEMENTS // num_rows // UNIT, 1) * UNIT, 4096)
     values = np.full((len(statistics), num), np.nan)
 
