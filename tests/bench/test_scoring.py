@@ -12,6 +12,7 @@ from hilum.bench.predictions import read_predictions, write_predictions
 from hilum.bench.scoring import score_predictions
 from hilum.errors import InputError, UsageError
 from hilum.metrics import auroc, dice_per_case, macro_auroc
+from hilum.records import read_table, write_table
 from hilum.stats import bootstrap_interval, delong, hanley_mcneil_se
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -99,6 +100,19 @@ def test_labels_with_unknowns_and_a_label_with_one_class():
     assert any("labels without both classes" in note and note.endswith(" 2") for note in found.notes)
     rate = score_predictions(make_table("multilabel", y, score), "macro_auroc_rate", **FEW)
     assert rate.value == pytest.approx(sum(each) / 3)
+
+
+def test_a_row_of_a_table_holds_a_score_of_any_kind(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=50)
+    scores = [score_predictions(make_table("regression", y, (y + 1)[:, None]), **FEW).to_dict()]
+    write_table(tmp_path / "one.parquet", pa.Table.from_pylist(scores))
+    scores.append(score_predictions(make_table("classification", *binary()), **FEW).to_dict())
+    write_table(tmp_path / "two.parquet", pa.Table.from_pylist(scores))
+    read = read_table(tmp_path / "two.parquet").to_pylist()
+    assert read[1]["se"] == scores[1]["se"]
+    assert read[0]["se"] == {"DeLong": None, "Hanley-McNeil": None}
+    assert len(read[1]["per_class"]) == 2
 
 
 def test_quantities_times_and_places():

@@ -105,6 +105,14 @@ def test_large_counts_leave_float32_before_they_are_wrong():
     )
 
 
+def test_pairs_of_a_c_index_may_be_made_anew(monkeypatch):
+    columns, (codes, num) = columns_of("c_index", np.random.default_rng(0)), cluster_codes(np.arange(N))
+    weights = bootstrap_weights(num, 0, 0, 50)
+    kept = statistic(metrics.c_index, columns, codes, num)(weights)
+    monkeypatch.setattr("hilum.stats.weighted.MAX_PAIRS", 0)
+    assert np.array_equal(statistic(metrics.c_index, columns, codes, num)(weights), kept)
+
+
 def test_draws_are_patients_with_replacement_and_the_same_in_any_portions():
     weights = bootstrap_weights(50, 3, 0, 320)
     assert weights.shape == (51, 320)

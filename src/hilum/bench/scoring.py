@@ -61,7 +61,7 @@ class Score:
     draw_sd        standard deviation over draws of their means; None with one draw
     total_se       standard error when cases and runs are both a sample (`stats.total_se`)
     se             analytic, of a binary AUROC: "DeLong" (of the mean over runs, patients as clusters), "Hanley-McNeil" (cases
-                   as independent); empty else
+                   as independent); None where there is none
     chance         of a predictor that knows nothing but the test labels' frequencies; None where there is no such level
     per_class      classes or labels, when there are any
     ece, brier     calibration of classification; None else
@@ -79,7 +79,7 @@ class Score:
     seed_sd: float | None
     draw_sd: float | None
     total_se: float | None
-    se: dict[str, float]
+    se: dict[str, float | None]
     chance: float | None
     num_cases: int
     num_patients: int
@@ -283,16 +283,19 @@ def _value(function: Callable[..., float], columns: tuple[Array, Array], name: s
         raise InputError(f"{name} has no value on these {len(columns[0])} test cases: {error}") from None
 
 
-def _analytic(metric: str, value: float, columns: list[tuple[Array, Array]], patients: Array) -> dict[str, float]:
-    y = columns[0][0]
-    if metric != "auroc" or columns[0][1].ndim > 1:
-        return {}
-    found = {"Hanley-McNeil": hanley_mcneil_se(value, int(np.sum(y == 1)), int(np.sum(y == 0)))}
+def _analytic(
+    metric: str, value: float, columns: list[tuple[Array, Array]], patients: Array
+) -> dict[str, float | None]:
+    y, score = columns[0]
+    if metric != "auroc" or score.ndim > 1:
+        return {"DeLong": None, "Hanley-McNeil": None}
+    hanley = hanley_mcneil_se(value, int(np.sum(y == 1)), int(np.sum(y == 0)))
     try:
         areas, covariance = delong(y, [score for _, score in columns], patients)
     except ValueError:  # a class with one case or patient
-        return found
-    return found | {"DeLong": delong_contrast(areas, covariance, [1 / len(columns)] * len(columns)).se}
+        return {"DeLong": None, "Hanley-McNeil": hanley}
+    mean = [1 / len(columns)] * len(columns)
+    return {"DeLong": delong_contrast(areas, covariance, mean).se, "Hanley-McNeil": hanley}
 
 
 def _calibration(runs: Runs, metric: str) -> float | None:

@@ -6,7 +6,8 @@ rows: bit for bit where only counts enter (AUROC, accuracy, C-index), else to ro
 called on the repeated rows, one resample after the other (`Loop`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ Codes = NDArray[np.intp]
 Build = Callable[[Array, Array, Codes, int], Statistic]
 
 EXACT = 1 << 24  # whole numbers below it are exact in float32
-MAX_PAIRS = 1 << 26  # of a C-index: 256 MB; beyond, the resampling loop
+MAX_PAIRS = 1 << 26  # of a C-index, 256 MB, are kept; beyond, they are made anew for each block of draws
 
 
 class Loop:
@@ -159,22 +160,29 @@ class Concordance:
     def __init__(self, y: Array, risk: Array, codes: Codes, num_clusters: int) -> None:
         time, event = y[:, 0], y[:, 1] == 1
         order = np.lexsort((~event, time))  # of equal times, events come first: the others outlive them
-        keys = time[order] + 0.0
         self.sums, self.num = RunningSums(codes[order], num_clusters), len(order)
-        ends = np.searchsorted(keys, time[event], "left")  # all of that time begin here
-        same = np.searchsorted(keys, time[event], "right")
-        tied_events = np.concatenate([[0], np.cumsum(event[order])])
-        self.dead = self.sums.at(ends + tied_events[same] - tied_events[ends])
+        begin, end = (np.searchsorted(time[order], time[event], side) for side in ("left", "right"))
+        so_far = np.concatenate([[0], np.cumsum(event[order])])  # events among the first i cases
+        self.dead = self.sums.at(begin + so_far[end] - so_far[begin])  # who is no longer at risk after each event
         self.events, self.codes = codes[event], codes
-        credit = [twice for _, twice in concordance_rows(y, risk)]
-        self.credit = np.concatenate(credit) if credit else np.zeros((0, len(y)), np.float32)
+        self.credit: Callable[[], Iterable[Array]] = partial(_credit, y, risk)
+        if len(y) * len(self.events) <= MAX_PAIRS:
+            kept = list(self.credit())
+            self.credit = lambda: kept
 
     def __call__(self, weights: Weights) -> Values:
-        running, mine = self.sums(weights), weights[self.events].astype(np.float64)
-        outlive = running[self.sums.at(self.num)] - running[self.dead]
-        pairs = np.einsum("ib,ib->b", mine, outlive)
-        twice = np.einsum("ib,ib->b", mine, self.credit @ weights[self.codes])
+        running, mine, all_cases = self.sums(weights), weights[self.events].astype(np.float64), weights[self.codes]
+        pairs = np.einsum("ib,ib->b", mine, running[self.sums.at(self.num)] - running[self.dead])
+        twice, row = np.zeros(len(pairs)), 0
+        for credit in self.credit():
+            twice += np.einsum("ib,ib->b", mine[row : row + len(credit)], credit @ all_cases)
+            row += len(credit)
         return _ratio(twice / 2, pairs)
+
+
+def _credit(y: Array, risk: Array) -> Iterator[Array]:
+    """Twice the credit of the pairs of a C-index, some events at a time."""
+    return (twice for _, twice in concordance_rows(y, risk))
 
 
 def _ratio(part: Values, whole: Values) -> Values:
@@ -325,12 +333,6 @@ def _average_precision(y: Array, score: Array, codes: Codes, num: int) -> Statis
     return AveragePrecision(y == 1, score, codes, num)
 
 
-def _c_index(y: Array, risk: Array, codes: Codes, num: int) -> Statistic:
-    if len(y) * np.count_nonzero(y[:, 1]) > MAX_PAIRS:
-        return Loop(metrics.c_index, [y, risk], codes)
-    return Concordance(y, risk, codes, num)
-
-
 WEIGHTED: dict[Callable[..., float], Build] = {
     metrics.auroc: _auroc,
     metrics.average_precision: _average_precision,
@@ -347,7 +349,7 @@ WEIGHTED: dict[Callable[..., float], Build] = {
     metrics.rmse: _rmse,
     metrics.mae: _mae,
     metrics.mean_where: _mean_where,
-    metrics.c_index: _c_index,
+    metrics.c_index: Concordance,
     metrics.mean_distance_mm: _distance,
     metrics.dice: _dice,
     metrics.dice_weighted: _dice_weighted,
