@@ -167,7 +167,7 @@ class Concordance:
         self.events, self.codes = codes[event], codes
         self.credit: Callable[[], Iterable[Array]] = partial(_credit, y, risk)
         if len(y) * len(self.events) <= MAX_PAIRS:
-            kept = list(self.credit())
+            kept = [np.concatenate(list(self.credit()))] if len(self.events) else []
             self.credit = lambda: kept
 
     def __call__(self, weights: Weights) -> Values:
