@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key
 from hilum.errors import LabelsError, UsageError
-from hilum.probe.heads import KNNProbe, LinearProbe, Task, make_head
+from hilum.probe.head import Head, Task
+from hilum.probe.heads import make_head
 from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_features, read_labels
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds
@@ -205,7 +206,7 @@ def _class_notes(y: Array, classes: tuple[str, ...], group: Array) -> tuple[str,
 
 
 def _predict_out_of_fold(
-    design: _Design, new_head: Callable[[], LinearProbe | KNNProbe], progress: Progress | None
+    design: _Design, new_head: Callable[[], Head], progress: Progress | None
 ) -> tuple[Array, Array]:
     """Predictions (n,) and probabilities (n, classes) of heads that never saw the case's fold.
 
