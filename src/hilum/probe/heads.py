@@ -12,6 +12,7 @@ from hilum.probe.head import Head
 HEADS = {  # name → module:class; docs/heads.md says which for what
     "linear": "hilum.probe.linear:LinearProbe",
     "knn": "hilum.probe.knn:KNNProbe",
+    "linear-sgd": "hilum.probe.stacked:StackedLinear",
 }
 
 
