@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional
 
 from hilum.errors import UsageError
-from hilum.probe.descent import Descent, Loss, descend, draw
+from hilum.probe.descent import Descent, descend, draw
+from hilum.probe.losses import CaseLoss
 from hilum.probe.stacked import StackedLinear
 
 RNG = np.random.default_rng(0)
@@ -40,13 +41,13 @@ def _case(kind):
     X = torch.from_numpy(RNG.normal(size=(N, D)) * 3)
     if kind == "softmax":
         y = torch.from_numpy(RNG.integers(0, C, N))
-        loss = Loss(activation="softmax", targets=torch.eye(C).double()[y], weights=torch.ones(N, 1).double())
+        loss = CaseLoss(activation="softmax", targets=torch.eye(C).double()[y], weights=torch.ones(N, 1).double())
         return X, loss, lambda z, rows: functional.cross_entropy(z, y[rows])
     if kind == "sigmoid":
         y = torch.from_numpy(RNG.integers(0, 2, (N, C)).astype(float))
         known = torch.from_numpy(RNG.random((N, C)) < 0.7).double()
         weight = torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
-        loss = Loss(activation="sigmoid", targets=y, weights=known * torch.where(y > 0, weight, 1.0))
+        loss = CaseLoss(activation="sigmoid", targets=y, weights=known * torch.where(y > 0, weight, 1.0))
 
         def bce(z, rows):
             each = functional.binary_cross_entropy_with_logits(z, y[rows], pos_weight=weight, reduction="none")
@@ -54,7 +55,7 @@ def _case(kind):
 
         return X, loss, bce
     y = torch.from_numpy(RNG.normal(60, 12, (N, 1)))
-    loss = Loss(activation="none", targets=y, weights=torch.full((N, 1), 2.0).double())
+    loss = CaseLoss(activation="none", targets=y, weights=torch.full((N, 1), 2.0).double())
     return X, loss, lambda z, rows: functional.mse_loss(z, y[rows])
 
 
@@ -64,7 +65,7 @@ def test_every_head_is_the_plain_loop(kind, clip, floor):
     X, loss, plain_loss = _case(kind)
     rates = (0.001, 0.01, 0.05) if kind != "none" else (0.0001, 0.001, 0.002)
     descent = Descent(rates=rates, epochs=3, batch_size=64, clip=clip, floor=floor)
-    weights, biases = descend(X, loss, descent, [3, 11])
+    weights, biases = descend(X, loss, loss.targets.shape[1], descent, [3, 11])
     for s, seed in enumerate([3, 11]):
         for r, rate in enumerate(rates):
             expected = _plain(X, seed, rate, descent, plain_loss, loss.targets.shape[1])
@@ -77,7 +78,7 @@ def test_clip_was_at_work_and_the_schedule_turned_up():
     X, loss, _ = _case("softmax")
     free = Descent(rates=(0.05,), epochs=3, batch_size=64)
     clipped = Descent(rates=(0.05,), epochs=3, batch_size=64, clip=1.0)
-    assert (descend(X, loss, free, [0])[0] - descend(X, loss, clipped, [0])[0]).abs().max() > 0.01
+    assert (descend(X, loss, C, free, [0])[0] - descend(X, loss, C, clipped, [0])[0]).abs().max() > 0.01
     curia = Descent(rates=(1.0,), epochs=3, batch_size=64, floor=True)
     factors = [curia.factor(step, N) for step in range(9)]  # 2 · 3 steps to zero, then up
     assert factors[6] == 0
@@ -101,9 +102,9 @@ def test_bfloat16_products_give_the_same_scores():
     X = RNG.normal(size=(600, 64)).astype(np.float32)
     y = (X @ RNG.normal(size=(64, 10)) + 3 * RNG.normal(size=(600, 10))).argmax(1)
     rows = torch.from_numpy(X / 8)
-    loss = Loss(activation="softmax", targets=torch.eye(10)[y], weights=torch.ones(600, 1))
+    loss = CaseLoss(activation="softmax", targets=torch.eye(10)[y], weights=torch.ones(600, 1))
     exact, half = (
-        descend(rows[:400], Loss(activation="softmax", targets=loss.targets[:400], weights=loss.weights[:400]),
+        descend(rows[:400], CaseLoss(activation="softmax", targets=loss.targets[:400], weights=loss.weights[:400]), 10,
                 Descent(rates=(0.1, 1.0), epochs=10, batch_size=64, half=half), [0])
         for half in (False, True)
     )  # fmt: skip

@@ -9,40 +9,20 @@ Axes in names: s seeds, N cases, B cases of a step, D width, R learning rates, C
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hilum.probe.losses import Loss
+
 MOMENTUM = 0.9
 INITIAL_SD = 0.01
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
-CACHE_BYTES = 4 << 20  # seeds share a step while their weights together stay below this
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """A loss whose gradient by the logits is weights ∘ (activation(logits) - targets) / B.
-
-    activation  softmax (cross-entropy), sigmoid (binary cross-entropy of each output), or none (squared error / 2)
-    targets     (N, C)
-    weights     (N, C) or (N, 1); 0 leaves an unknown target out
-    """
-
-    activation: Literal["softmax", "sigmoid", "none"]
-    targets: Tensor
-    weights: Tensor
-
-    def activate(self, logits: Tensor) -> Tensor:
-        if self.activation == "softmax":
-            return logits.softmax(-1)
-        return logits.sigmoid() if self.activation == "sigmoid" else logits
-
-    def gradient(self, logits_sBRC: Tensor, rows_sB: Tensor) -> Tensor:
-        weights = self.weights[rows_sB].unsqueeze(2) / rows_sB.shape[1]
-        return (self.activate(logits_sBRC) - self.targets[rows_sB].unsqueeze(2)).mul_(weights)
+CACHE_BYTES = 2 << 20  # of weights in one piece of work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +59,41 @@ def draw(seed: int, width: int, num_outputs: int, num_cases: int, epochs: int) -
     return weights, torch.stack([torch.randperm(num_cases, generator=generator) for _ in range(epochs)])
 
 
-def descend(X: Tensor, loss: Loss, descent: Descent, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Weights (S, R, D, C) and biases (S, R, C) after the last step, on the device and in the precision of X (N, D)."""
-    size = X.shape[1] * len(descent.rates) * loss.targets.shape[1] * X.element_size()
-    together = len(seeds) if X.device.type == "cuda" else max(1, min(len(seeds), CACHE_BYTES // size))
-    parts = [_descend(X, loss, descent, seeds[n : n + together]) for n in range(0, len(seeds), together)]
-    return torch.cat([weights for weights, _ in parts]), torch.cat([biases for _, biases in parts])
+def descend(X: Tensor, loss: Loss, num_outputs: int, descent: Descent, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Weights (S, R, D, C) and biases (S, R, C) after the last step, on the device and in the precision of X (N, D).
+
+    On a CPU the work is cut into pieces whose weights stay in a core's cache, and each core takes pieces: no core waits for
+    another within a step.
+    """
+    width = X.shape[1] * num_outputs * X.element_size()
+    num_rates = num_seeds = len(descent.rates) * len(seeds)
+    if X.device.type == "cpu":
+        num_pieces = math.ceil(len(descent.rates) / max(1, CACHE_BYTES // width))
+        num_rates = math.ceil(len(descent.rates) / num_pieces)
+        num_seeds = min(len(seeds), max(1, CACHE_BYTES // (width * num_rates)))
+    rates = [descent.rates[n : n + num_rates] for n in range(0, len(descent.rates), num_rates)]
+    groups = [seeds[n : n + num_seeds] for n in range(0, len(seeds), num_seeds)]
+    pieces = [(group, replace(descent, rates=some)) for group in groups for some in rates]
+    done = _on_all_cores([partial(_descend, X, loss, num_outputs, some, group) for group, some in pieces])
+    by_group = [done[n : n + len(rates)] for n in range(0, len(done), len(rates))]
+    weights, biases = (torch.cat([torch.cat([part[i] for part in parts], 1) for parts in by_group]) for i in (0, 1))
+    return weights, biases
 
 
-def _descend(X: Tensor, loss: Loss, descent: Descent, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    (N, D), R, C = X.shape, len(descent.rates), loss.targets.shape[1]
+def _on_all_cores(work: Sequence[Callable[[], tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """Results in order; as many threads as torch would use, each with one of its own."""
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or len(work) == 1:
+        return [one() for one in work]
+    try:
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda one: one(), work))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _descend(X: Tensor, loss: Loss, C: int, descent: Descent, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    (N, D), R = X.shape, len(descent.rates)
     drawn = [draw(seed, D, C, N, descent.epochs) for seed in seeds]
     W = torch.stack([weights.to(X).repeat(1, R) for weights, _ in drawn])  # (s, D, R·C)
     V, b, u = torch.zeros_like(W), W.new_zeros(len(seeds), R * C), W.new_zeros(len(seeds), R * C)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hilum.encode.encoder import pick_device
 from hilum.errors import UsageError
-from hilum.probe.descent import Descent, Loss, descend
+from hilum.probe.descent import Descent, descend
 from hilum.probe.head import (
     Array,
     Head,
@@ -19,9 +19,9 @@ from hilum.probe.head import (
     check_targets,
     check_task,
     check_vectors,
-    class_numbers,
     hold_out,
 )
+from hilum.probe.losses import ACTIVATIONS, activate, choice_loss, make_target
 
 HALF_FROM = 1 << 18  # weights of one seed; smaller products are as quick in float32
 LEAST_STEPS = 1000
@@ -156,7 +156,10 @@ class StackedLinear(Head):
         if protocol.standardise:
             mean, scale = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
             scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, np.inf) * math.sqrt(X.shape[1])  # ∞: constant
-        loss, (offset, spread) = self._loss(y, protocol.standardise, device)
+        classes = self.classes_ if self.task == "classification" else None
+        target = make_target(
+            self.task, y, classes, device, standardise=protocol.standardise, class_weight=self.class_weight
+        )
         steps = math.ceil(len(X) / self.batch_size)
         descent = Descent(
             rates=tuple(rate * self.batch_size / 256 if protocol.per_256 else rate for rate in rates),
@@ -164,46 +167,15 @@ class StackedLinear(Head):
             batch_size=self.batch_size,
             clip=protocol.clip,
             floor=protocol.floor,
-            half=self._halve(X.shape[1] * len(rates) * loss.targets.shape[1], device),
+            half=self._halve(X.shape[1] * len(rates) * target.num_outputs, device),
         )
         rows = torch.from_numpy(((X - mean) / scale).astype(np.float32)).to(device)
-        weights, biases = (
-            part.cpu().double() for part in descend(rows, loss, descent, range(self.seed, self.seed + self.seeds))
-        )
+        seeds = range(self.seed, self.seed + self.seeds)
+        trained = descend(rows, target.loss, target.num_outputs, descent, seeds)
+        weights, biases = (part.cpu().double() for part in trained)
         weights = weights / torch.from_numpy(scale)[:, None]
         biases = biases - torch.einsum("srdo,d->sro", weights, torch.from_numpy(mean))
-        return (weights * spread).float(), (biases * spread + offset).float()
-
-    def _loss(self, y: Array, standardise: bool, device: torch.device) -> tuple[Loss, tuple[float, float]]:
-        """The loss, and (offset, spread) that turn its outputs into targets again."""
-        offset, spread = 0.0, 1.0
-        activation: Any = {"classification": "softmax", "multilabel": "sigmoid", "regression": "none"}[self.task]
-        if self.task == "classification":
-            numbers = class_numbers(y, self.classes_)
-            targets = np.eye(len(self.classes_))[numbers]
-            weights = self._balance(np.ones((len(y), 1)), targets)
-        elif self.task == "multilabel":
-            targets, weights = np.nan_to_num(y), (~np.isnan(y)).astype(np.float64)
-            weights = self._balance(weights, targets)
-            if not standardise:
-                weights /= y.shape[1]  # the mean over labels; else each label is a head of its own
-        else:
-            if standardise:
-                offset, spread = float(y.mean()), float(y.std()) or 1.0
-            targets, weights = (y[:, None] - offset) / spread, np.full((len(y), 1), 2.0)
-        tensors = (torch.from_numpy(part.astype(np.float32)).to(device) for part in (targets, weights))
-        return Loss(activation=activation, targets=next(tensors), weights=next(tensors)), (offset, spread)
-
-    def _balance(self, weights: Array, targets: Array) -> Array:
-        if self.class_weight is None:
-            return weights
-        if self.task == "classification":
-            per_class = len(targets) / (targets.shape[1] * np.maximum(targets.sum(axis=0), 1))
-            balanced: Array = weights * (targets @ per_class)[:, None]
-            return balanced
-        positive = (weights * targets).sum(axis=0)
-        ratio = (weights.sum(axis=0) - positive) / np.maximum(positive, 1)
-        return weights * np.where(targets > 0, ratio, 1)
+        return (weights * target.spread).float(), (biases * target.spread + target.offset).float()
 
     def _halve(self, size: int, device: torch.device) -> bool:
         if self.precision != "auto" or self.task == "regression" or size < HALF_FROM:
@@ -215,24 +187,14 @@ class StackedLinear(Head):
     def _choose(self, trained: tuple[Tensor, Tensor], rates: tuple[float, ...], X: Any, y: Any) -> int:
         X = torch.from_numpy(check_vectors(X, np.float32))
         weights, biases = trained
+        classes = self.classes_ if self.task == "classification" else None
         losses = np.empty(weights.shape[:2])
         for s, r in np.ndindex(*losses.shape):
-            losses[s, r] = self._validation_loss(torch.addmm(biases[s, r], X, weights[s, r]), np.asarray(y))
-        self.validation_loss_ = np.where(np.isfinite(losses), losses, np.inf)
-        best = int(self.validation_loss_.mean(axis=0).argmin())
+            losses[s, r] = choice_loss(self.task, torch.addmm(biases[s, r], X, weights[s, r]), y, classes)
+        self.validation_loss_ = losses
+        best = int(losses.mean(axis=0).argmin())
         self.learning_rate_ = rates[best]
         return best
-
-    def _validation_loss(self, logits: Tensor, y: Array) -> float:
-        """Mean over the cases whose truth is known and was seen in training."""
-        if self.task == "classification":
-            numbers = torch.from_numpy(class_numbers(y, self.classes_))
-            return float(torch.nn.functional.cross_entropy(logits, numbers, ignore_index=-1))
-        truth = torch.from_numpy(np.asarray(y, dtype=np.float32)).reshape(len(y), -1)
-        if self.task == "regression":
-            return float((logits - truth).square().mean())
-        known = ~truth.isnan()
-        return float(torch.nn.functional.binary_cross_entropy_with_logits(logits[known], truth[known]))
 
     def _keep(self, trained: tuple[Tensor, Tensor], rate: int) -> None:
         self.weights_, self.biases_ = (part[:, rate].contiguous().numpy() for part in trained)
@@ -240,9 +202,5 @@ class StackedLinear(Head):
     def _outputs(self, X: Any) -> Array:
         rows = check_vectors(X, np.float32)
         logits = torch.from_numpy(np.matmul(rows, self.weights_) + self.biases_[:, None])
-        if self.task == "classification":
-            logits = logits.softmax(-1)
-        elif self.task == "multilabel":
-            logits = logits.sigmoid()
-        found: Array = logits.numpy()
+        found: Array = activate(ACTIVATIONS[self.task], logits).numpy()
         return found
