@@ -10,7 +10,7 @@ from hilum.errors import UsageError
 from hilum.probe.heads import HEADS, head_class, make_head
 
 VECTOR_HEADS = [name for name in HEADS if head_class(name).sees == "vectors"]
-QUICK = {"seeds": 2, "learning_rates": (0.1, 1.0), "epochs": 30, "width": 32}
+QUICK = {"seeds": 2, "learning_rates": (0.01, 0.1), "epochs": 30, "width": 32}
 
 
 @pytest.fixture(params=[f"{name} {task}" for name in VECTOR_HEADS for task in head_class(name).tasks])
@@ -122,7 +122,7 @@ def test_validation_cases_are_not_trained_on_and_groups_may_be_anything(head):
     X, y, _ = _data(head.task)
     X_val, y_val, _ = _data(head.task, seed=1)
     if "learning_rates" in head.get_params():
-        head.set_params(learning_rates=(0.3,))
+        head.set_params(learning_rates=(0.03,))
     if "penalties" in head.get_params():
         head.set_params(penalties=(0.1,))
     if hasattr(head, "patience"):

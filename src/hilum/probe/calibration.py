@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from hilum.errors import UsageError
 
 LEAST, MOST = 0.05, 20.0  # temperatures looked at
-TINY = 1e-12
+TINY = 1e-38  # about the smallest probability in float32
 
 
 def apply_temperature(proba: Any, temperature: float, *, multilabel: bool = False) -> NDArray[np.float64]:
@@ -39,9 +39,11 @@ def fit_temperature(proba: Any, y: Any, *, multilabel: bool = False) -> float:
         raise UsageError(f"expected probabilities and truths of the same cases; found {len(proba)} and {len(y)}")
 
     def loss(log_temperature: float) -> float:
-        p = np.clip(apply_temperature(proba, float(np.exp(log_temperature)), multilabel=multilabel), TINY, 1 - TINY)
+        p = np.clip(apply_temperature(proba, float(np.exp(log_temperature)), multilabel=multilabel), TINY, 1)
         if multilabel:
-            return float(-np.nanmean(np.where(np.isnan(y), np.nan, y * np.log(p) + (1 - y) * np.log(1 - p))))
+            return float(
+                -np.nanmean(np.where(np.isnan(y), np.nan, y * np.log(p) + (1 - y) * np.log(np.maximum(1 - p, TINY))))
+            )
         return float(-np.log(p[np.arange(len(y)), y.astype(np.intp)]).mean())
 
     found = minimize_scalar(loss, bounds=(np.log(LEAST), np.log(MOST)), method="bounded", options={"xatol": 1e-6})

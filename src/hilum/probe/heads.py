@@ -13,6 +13,7 @@ HEADS = {  # name → module:class; docs/heads.md says which for what
     "linear": "hilum.probe.linear:LinearProbe",
     "knn": "hilum.probe.knn:KNNProbe",
     "linear-sgd": "hilum.probe.stacked:StackedLinear",
+    "mlp": "hilum.probe.mlp:MLPHead",
     "cox": "hilum.probe.survival:CoxHead",
 }
 
