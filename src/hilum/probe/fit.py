@@ -20,7 +20,7 @@ from hilum.probe.heads import make_head
 from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_features, read_labels
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds
-from hilum.records import hash_file, versions, write_table
+from hilum.records import hash_file, table_metadata, versions, write_table
 from hilum.terminal import Progress
 
 Array = NDArray[Any]
@@ -65,6 +65,7 @@ def probe(
     seed: int = 0,
     num_resamples: int = 1000,
     output: Path | None = None,
+    save: Path | None = None,
     key: Key | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
@@ -85,6 +86,8 @@ def probe(
     num_resamples   bootstrap draws of whole patients
     output          Parquet for the predictions: item, patient, fold, split, seed, target, y_true, y_pred, one
                     proba_<class> per class, head, model, contract; its metadata names the inputs by hash
+    save            folder for a head fitted on all cases (`hilum.probe.saved`), its probabilities calibrated by the
+                    temperature that suits the out-of-fold predictions best
     key             for raw identifiers; None reads the user's key when one is needed
     progress        called as (folds done, folds, what is being done)
 
@@ -112,7 +115,7 @@ def probe(
         write_table(output, rows, about | {"num_components": num_components, "num_folds": num_folds, "seed": seed})
     hidden = groups is not None and groups in {*IDENTIFIERS, patients}  # identifiers are not shown
     held_out = [""] * len(design.held_out) if hidden else design.held_out
-    return ProbeResult(
+    result = ProbeResult(
         target=target,
         task=design.task,
         head=head,
@@ -128,6 +131,32 @@ def probe(
         left_out=cases.left_out,
         notes=tuple(note for note in (why, *design.notes) if note),
         predictions=rows,
+    )
+    if save is not None:
+        _save(save, design, new_head(), head, result, proba)
+    return result
+
+
+def _save(folder: Path, design: _Design, head: Head, name: str, result: ProbeResult, proba: Array) -> None:
+    """Fit a head on all cases and write it with what the cross-validation found."""
+    from hilum.probe.calibration import fit_temperature
+    from hilum.probe.saved import write_head
+
+    head.fit(design.source.vectors[design.cases.index], design.y, np.array(design.units.inner))
+    training: dict[str, Any] = {"cases": len(design.y), f"{design.units.kind}s": len(set(design.units.cluster))}
+    training |= (
+        {"classes": {c: int((design.y == i).sum()) for i, c in enumerate(design.classes)}} if design.classes else {}
+    )
+    write_head(
+        folder,
+        head,
+        name=name,
+        target=result.target,
+        classes=design.classes,
+        features=table_metadata(design.source.table),
+        scores={metric: {n: getattr(s, n) for n in ("value", "low", "high")} for metric, s in result.scores.items()},
+        training=training | {n: repr(v) for n, v in head.get_params().items() if n not in ("task", "device")},
+        temperature=fit_temperature(proba, design.y) if design.classes else 1.0,
     )
 
 
