@@ -97,6 +97,10 @@ def probe(
     if num_folds < 2 or num_resamples < 1:
         raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
     make_head(head, num_components=num_components)  # a wrong name costs no reading
+    if save is not None:
+        from hilum.probe.saved import check_saved
+
+        check_saved(head)
     source = read_features(features, level)
     table = read_labels(labels) if labels is not None else None
     cases = match_cases(source, table, target=target, groups=groups, patients=patients, key=key)

@@ -12,7 +12,6 @@ Two forms hold every head that is a function of one vector. Axes: s seeds, D fea
 followed by softmax (classification), sigmoid (multi-label) or nothing.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from scipy.special import expit, softmax
+from scipy.special import expit, logit, softmax
 
 from hilum.encode.encoder import Encoder
 from hilum.errors import ContractError, InputError, UsageError
@@ -32,6 +31,8 @@ from hilum.records import hash_file, read_json, versions, write_atomic, write_js
 from hilum.settings import differences, to_dict
 
 FORMAT, VERSION = "hilum-head", 1
+CERTAIN = 80.0  # the logit of a label that was always, or never, there
+SAVED = ("linear", "linear-sgd", "mlp", "cox")  # a k-NN head would carry its training cases
 TENSORS = {"linear": ("weights", "biases"), "mlp": ("mean", "inverse_scale", "W1", "b1", "W2", "b2", "target")}
 ENCODER_FACTS = ("model", "loads_as", "seed", "weights", "precision", "contract", "contract_values")
 FEATURE_FACTS = ("level", "pooling", "across", "layers", "max_slices")
@@ -113,8 +114,10 @@ def write_head(
     scores       metric → value, low, high, from cases that were not trained on
     training     cases, patients, seeds and settings, free of identifiers
 
-    UsageError for a head without a saved form; InputError for a feature table that does not say what it came from.
+    UsageError for a head without a saved form (`check_saved`); InputError for a feature table that does not say what it came
+    from.
     """
+    check_saved(name)
     missing = [fact for fact in (*ENCODER_FACTS, *FEATURE_FACTS) if fact not in features]
     if missing:
         raise InputError(
@@ -145,6 +148,12 @@ def write_head(
     write_json(folder / "head.json", record)  # last: its presence says the folder is whole
 
 
+def check_saved(name: str) -> None:
+    """UsageError for a head that has no saved form."""
+    if name not in SAVED:
+        raise UsageError(f"a {name} head has no saved form; those that have: {', '.join(SAVED)}")
+
+
 def load_head(folder: str | Path) -> SavedHead:
     """A head from its folder. ContractError when a file is damaged, changed or of another version."""
     folder = Path(folder)
@@ -173,13 +182,9 @@ def _tensors(head: Head) -> tuple[str, dict[str, Array]]:
             "weights": known["weights_"],
             "biases": known.get("biases_", np.zeros((num_seeds, num_outputs))),
         }
-    if "parameters_" in known:
-        tensors = dict(zip(("W1", "b1", "W2", "b2"), (part.numpy() for part in known["parameters_"])))
-        tensors |= {"mean": known["mean_"], "inverse_scale": 1 / known["scale_"]}
-        return "mlp", tensors | {"target": np.array([known["spread_"], known["offset_"]])}
-    raise UsageError(
-        f"a {type(head).__name__} has no saved form: it would carry its training cases. Save linear, linear-sgd, mlp or cox"
-    )
+    tensors = dict(zip(("W1", "b1", "W2", "b2"), (part.numpy() for part in known["parameters_"])))
+    tensors |= {"mean": known["mean_"], "inverse_scale": 1 / known["scale_"]}
+    return "mlp", tensors | {"target": np.array([known["spread_"], known["offset_"]])}
 
 
 def _solved(head: LinearProbe) -> tuple[Array, Array]:
@@ -188,8 +193,7 @@ def _solved(head: LinearProbe) -> tuple[Array, Array]:
         columns = []
         for label in head.labels_:
             if isinstance(label, float):
-                share = min(max(label, 1e-6), 1 - 1e-6)
-                columns.append((np.zeros(head.n_features_in_), math.log(share / (1 - share))))
+                columns.append((np.zeros(head.n_features_in_), float(np.clip(logit(label), -CERTAIN, CERTAIN))))
             else:
                 weights, biases = _solved(label)
                 columns.append((weights[:, 1] - weights[:, 0], float(biases[1] - biases[0])))
@@ -222,7 +226,7 @@ def _card(record: dict[str, Any]) -> str:
             "",
             f"Encoder: weights {encoder['weights']}, contract {encoder['contract']}; under any other it is refused.",
             "",
-            "On patients that it was not trained on, with 95 % intervals:",
+            "On cases that it was not trained on, with 95 % intervals:",
             "",
             *lines,
             "",
