@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -56,3 +57,16 @@ def test_the_page_about_features_runs(tmp_path: Path, monkeypatch: pytest.Monkey
             assert code in (None, 0, 4), line
     names = {path.name for path in tmp_path.iterdir()}
     assert {"f.parquet", "volumes.parquet", "regions.parquet", "dense.patches", "f.npz", "f.csv"} <= names
+
+
+def test_the_page_about_heads_runs() -> None:
+    """Its Python, in order, on drawn features; its commands are those of tests/probe/test_saved.py."""
+    patients = np.arange(80) // 2
+    y = patients % 2
+    X = (np.random.default_rng(0).normal(size=(80, 8)) + y[:, None]).astype(np.float32)
+    names = {"X": X, "y": y, "patients": patients, "X_new": X[:5]}
+    shown = [block for block in blocks(PAGES / "heads.md") if not block.startswith("hilum ")]
+    assert len(shown) == 3
+    for block in shown:
+        exec(compile(block, "docs/heads.md", "exec"), names)
+    assert np.asarray(names["honest"]).shape == (5, 2)

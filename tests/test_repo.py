@@ -192,6 +192,8 @@ SETTINGS = {
     "Optimiser": {"optimiser", "o"},
     "Run": {"run"},
     "Recipe": {"recipe", "chosen"},
+    "Descent": {"descent"},
+    "Protocol": {"protocol"},
 }
 
 

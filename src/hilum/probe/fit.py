@@ -94,13 +94,7 @@ def probe(
     Rows of all folds are scored together, so offsets between folds count as errors; `per_fold` has the scores within
     each. LabelsError, InputError and UsageError say what does not fit.
     """
-    if num_folds < 2 or num_resamples < 1:
-        raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
-    make_head(head, num_components=num_components)  # a wrong name costs no reading
-    if save is not None:
-        from hilum.probe.saved import check_saved
-
-        check_saved(head)
+    _check(head, num_components, num_folds, num_resamples, save)
     source = read_features(features, level)
     table = read_labels(labels) if labels is not None else None
     cases = match_cases(source, table, target=target, groups=groups, patients=patients, key=key)
@@ -162,6 +156,17 @@ def _save(folder: Path, design: _Design, head: Head, name: str, result: ProbeRes
         training=training | {n: repr(v) for n, v in head.get_params().items() if n not in ("task", "device")},
         temperature=fit_temperature(proba, design.y) if design.classes else 1.0,
     )
+
+
+def _check(head: str, num_components: int | None, num_folds: int, num_resamples: int, save: Path | None) -> None:
+    """UsageError for what is wrong before anything is read: it costs no time."""
+    if num_folds < 2 or num_resamples < 1:
+        raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
+    make_head(head, num_components=num_components)
+    if save is not None:
+        from hilum.probe.saved import check_saved
+
+        check_saved(head)
 
 
 def choose_task(values: list[str], *, own_column: bool) -> tuple[Task, str]:
