@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
@@ -62,3 +63,16 @@ def test_the_page_about_statistics_runs(capsys: pytest.CaptureFixture[str]) -> N
     for block in blocks(PAGES / "statistics.md"):
         exec(compile(block, "docs/statistics.md", "exec"), {})
     assert "200 patients" in capsys.readouterr().out
+
+
+def test_the_page_about_heads_runs() -> None:
+    """Its Python, in order, on drawn features; its commands are those of tests/probe/test_saved.py."""
+    patients = np.arange(80) // 2
+    y = patients % 2
+    X = (np.random.default_rng(0).normal(size=(80, 8)) + y[:, None]).astype(np.float32)
+    names = {"X": X, "y": y, "patients": patients, "X_new": X[:5]}
+    shown = [block for block in blocks(PAGES / "heads.md") if not block.startswith("hilum ")]
+    assert len(shown) == 3
+    for block in shown:
+        exec(compile(block, "docs/heads.md", "exec"), names)
+    assert np.asarray(names["honest"]).shape == (5, 2)

@@ -38,6 +38,7 @@ FLOORS = {
     "cli_embed": 8,
     "cli_pretrain": 8,
     "cli_models": 8,
+    "cli_predict": 8,
 }
 EXEMPT = {SOURCE / "__init__.py", SOURCE / "__main__.py"}  # the doors: they name what the house offers
 
@@ -150,8 +151,8 @@ from hilum import api
 print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
     assert set(run(code).split()) == {
-        "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan",
-        "show",
+        "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe", "pull",
+        "scan", "show",
     }  # fmt: skip
 
 
@@ -191,6 +192,8 @@ SETTINGS = {
     "Optimiser": {"optimiser", "o"},
     "Run": {"run"},
     "Recipe": {"recipe", "chosen"},
+    "Descent": {"descent"},
+    "Protocol": {"protocol"},
 }
 
 

@@ -17,9 +17,11 @@ from hilum.pretrain.loop import pretrain
 from hilum.pretrain.plan import plan
 from hilum.pretrain.watch.report import show_run
 from hilum.probe.fit import probe
+from hilum.probe.predict import predict
 
 __all__ = [
-    "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "prepare", "pretrain", "probe", "pull", "scan", "show",
+    "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe", "pull",
+    "scan", "show",
 ]  # fmt: skip
 
 

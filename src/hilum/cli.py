@@ -11,6 +11,7 @@ import typer
 
 from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
+from hilum.cli_predict import predict
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INPUT_REFUSED, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
@@ -181,11 +182,12 @@ def probe(
     labels: Annotated[Path | None, typer.Option(help="CSV or Parquet with file, series_uid or patient_id.")] = None,
     groups: Annotated[str | None, typer.Option(help="Column to split by; without it patients are split.")] = None,
     patients: Annotated[str | None, typer.Option(help="Column that names the patient, if the scans do not.")] = None,
-    head: Annotated[str, typer.Option(help="linear or knn.")] = "linear",
+    head: Annotated[str, typer.Option(help="linear, linear-sgd, mlp or knn.")] = "linear",
     task: Annotated[str, typer.Option(help="auto, classification or regression.")] = "auto",
     level: Annotated[str | None, typer.Option(help="slice, region or volume, if the table holds several.")] = None,
     pca: Annotated[int | None, typer.Option(help="Reduce features first, fitted on training patients.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Predictions (Parquet) to write.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for a head fitted on all cases, for hilum predict.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -206,10 +208,15 @@ def probe(
             level=level,
             num_components=pca,
             output=out,
+            save=save,
             seed=seed,
             progress=progress,
         )
-    _print(result.to_dict(), as_json, _probe_text(result))
+    saved = f"\n{save}: the head, fitted on all cases" if save else ""
+    _print(result.to_dict(), as_json, _probe_text(result) + saved)
+
+
+app.command()(predict)
 
 
 @app.command()

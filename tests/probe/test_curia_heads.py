@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hilum.archive.one import read
 from hilum.errors import ContractError, UsageError
 from hilum.probe.curia_heads import choose_slices, read_head
 from hilum.volume import Volume
@@ -339,3 +340,21 @@ def test_wrong_use(dino, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="num_classes: expected"):
         read_head(tmp_path)
+
+
+@pytest.mark.parametrize("of_volumes", [False, True])
+def test_hilum_predict_takes_a_released_head(dino, tmp_path, write_ct, hilum, of_volumes):
+    settings = {"attention_cfg": {}} if of_volumes else {}
+    (tmp_path / "head").mkdir()
+    save_head(tmp_path / "head", dino, **settings)
+    voxels = make_scan(3).voxels
+    scan = write_ct("scan", voxels, AFFINE)
+    code, out, err = hilum("predict", scan, "--head", tmp_path / "head", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    logits = read_head(tmp_path / "head").predict(read(scan)).logits
+    expected = torch.from_numpy(logits).softmax(1).numpy()
+    assert [row["slice"] for row in rows] == ([None] if of_volumes else [0, 1, 2])
+    np.testing.assert_allclose([[row[f"class {c}"] for c in range(3)] for row in rows], expected, atol=1e-6)
+    code, _, err = hilum("predict", scan, "--head", tmp_path / "head", "--model", "pixels")
+    assert (code, "its own encoder" in err) == (2, True)

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from hilum.errors import UsageError
-from hilum.probe.heads import FIXED_STRENGTH, STRENGTHS, KNNProbe, LinearProbe, make_head
+from hilum.probe.heads import make_head
+from hilum.probe.knn import KNNProbe
+from hilum.probe.linear import FIXED_STRENGTH, STRENGTHS, LinearProbe
 
 RNG = np.random.default_rng(0)
 

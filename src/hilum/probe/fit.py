@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key
 from hilum.errors import LabelsError, UsageError
-from hilum.probe.heads import KNNProbe, LinearProbe, Task, make_head
+from hilum.probe.head import Head, Task
+from hilum.probe.heads import make_head
 from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_features, read_labels
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds
-from hilum.records import hash_file, versions, write_table
+from hilum.records import hash_file, table_metadata, versions, write_table
 from hilum.stats import NUM_RESAMPLES
 from hilum.terminal import Progress
 
@@ -65,6 +66,7 @@ def probe(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
     output: Path | None = None,
+    save: Path | None = None,
     key: Key | None = None,
     progress: Progress | None = None,
 ) -> ProbeResult:
@@ -85,15 +87,15 @@ def probe(
     num_resamples   bootstrap draws of whole patients
     output          Parquet for the predictions: item, patient, fold, split, seed, target, y_true, y_pred, one
                     proba_<class> per class, head, model, contract; its metadata names the inputs by hash
+    save            folder for a head fitted on all cases (`hilum.probe.saved`), its probabilities calibrated by the
+                    temperature that suits the out-of-fold predictions best
     key             for raw identifiers; None reads the user's key when one is needed
     progress        called as (folds done, folds, what is being done)
 
     Rows of all folds are scored together, so offsets between folds count as errors; `per_fold` has the scores within
     each. LabelsError, InputError and UsageError say what does not fit.
     """
-    if num_folds < 2 or num_resamples < 1:
-        raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
-    make_head(head, num_components=num_components)  # a wrong name costs no reading
+    _check(head, num_components, num_folds, num_resamples, save)
     source = read_features(features, level)
     table = read_labels(labels) if labels is not None else None
     cases = match_cases(source, table, target=target, groups=groups, patients=patients, key=key)
@@ -112,7 +114,7 @@ def probe(
         write_table(output, rows, about | {"num_components": num_components, "num_folds": num_folds, "seed": seed})
     hidden = groups is not None and groups in {*IDENTIFIERS, patients}  # identifiers are not shown
     held_out = [""] * len(design.held_out) if hidden else design.held_out
-    return ProbeResult(
+    result = ProbeResult(
         target=target,
         task=design.task,
         head=head,
@@ -129,6 +131,43 @@ def probe(
         notes=tuple(note for note in (why, *design.notes) if note),
         predictions=rows,
     )
+    if save is not None:
+        _save(save, design, new_head(), head, result, proba)
+    return result
+
+
+def _save(folder: Path, design: _Design, head: Head, name: str, result: ProbeResult, proba: Array) -> None:
+    """Fit a head on all cases and write it with what the cross-validation found."""
+    from hilum.probe.calibration import fit_temperature
+    from hilum.probe.saved import write_head
+
+    head.fit(design.source.vectors[design.cases.index], design.y, np.array(design.units.inner))
+    training: dict[str, Any] = {"cases": len(design.y), f"{design.units.kind}s": len(set(design.units.cluster))}
+    training |= (
+        {"classes": {c: int((design.y == i).sum()) for i, c in enumerate(design.classes)}} if design.classes else {}
+    )
+    write_head(
+        folder,
+        head,
+        name=name,
+        target=result.target,
+        classes=design.classes,
+        features=table_metadata(design.source.table),
+        scores={metric: {n: getattr(s, n) for n in ("value", "low", "high")} for metric, s in result.scores.items()},
+        training=training | {n: repr(v) for n, v in head.get_params().items() if n not in ("task", "device")},
+        temperature=fit_temperature(proba, design.y) if design.classes else 1.0,
+    )
+
+
+def _check(head: str, num_components: int | None, num_folds: int, num_resamples: int, save: Path | None) -> None:
+    """UsageError for what is wrong before anything is read: it costs no time."""
+    if num_folds < 2 or num_resamples < 1:
+        raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
+    make_head(head, num_components=num_components)
+    if save is not None:
+        from hilum.probe.saved import check_saved
+
+        check_saved(head)
 
 
 def choose_task(values: list[str], *, own_column: bool) -> tuple[Task, str]:
@@ -206,7 +245,7 @@ def _class_notes(y: Array, classes: tuple[str, ...], group: Array) -> tuple[str,
 
 
 def _predict_out_of_fold(
-    design: _Design, new_head: Callable[[], LinearProbe | KNNProbe], progress: Progress | None
+    design: _Design, new_head: Callable[[], Head], progress: Progress | None
 ) -> tuple[Array, Array]:
     """Predictions (n,) and probabilities (n, classes) of heads that never saw the case's fold.
 

@@ -188,6 +188,8 @@ def _update(
             clear_parts(places)
             raise InputError(f"nothing in {opened.label} could be encoded: {why}")
         metadata = about | {"settings": job.settings, "set_aside": dict(sorted(found.set_aside.items()))}
+        # What a head on these features needs to be applied again (hilum.probe.saved).
+        metadata |= {"contract_values": to_dict(encoder.contract), "loads_as": job.model, "seed": job.options["seed"]}
         _finish(places, series, past, metadata, stamp)
     return num_encoded
 

@@ -1,0 +1,63 @@
+"""`hilum predict`: a scan and a trained head → classes with probabilities, or numbers."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hilum.probe.predict import Predicted
+
+MOST_ROWS = 40  # shown
+
+
+def predict(
+    scan: Annotated[str, typer.Argument(metavar="SCAN", help="A file or a folder with one scan.")],
+    head: Annotated[Path, typer.Option(help="A folder of hilum probe --save, or a head released with Curia.")],
+    model: Annotated[str | None, typer.Option(help="Where its encoder is; default: as the head names it.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Labels on the grid of the scan, for heads on regions.")] = None,
+    series: Annotated[str | None, typer.Option(help="Key of one scan in a folder, or its first digits.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV with all probabilities to write.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """What a trained head says of a scan. Refused with another encoder or contract than it was trained under."""
+    from dataclasses import asdict
+
+    from hilum.probe.predict import predict as run
+    from hilum.records import write_text
+
+    found = run(scan, head, model=model, mask=mask, series=series, device=device)
+    if out is not None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(found.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found.rows)
+        write_text(out, text.getvalue())
+    print(json.dumps(asdict(found), sort_keys=True) if as_json else _text(found, out))
+
+
+def _text(found: "Predicted", out: Path | None) -> str:
+    from hilum.terminal import format_table
+
+    places = [name for name in ("slice", "region") if found.rows[0][name] is not None]
+    numbers = len(found.columns) == 1
+    titles = [*places, "predicted"] + ([] if numbers else ["probability", "next", "probability"])
+    lines = []
+    for row in found.rows[:MOST_ROWS]:
+        cells: list[Any] = [row[name] for name in places]
+        if numbers:
+            cells.append(row["predicted"])
+        else:
+            first, second = sorted(found.columns, key=lambda name: -row[name])[:2]
+            said = row["predicted"] if found.task == "multilabel" else first
+            cells += [said or "none", row[first], second, row[second]]
+        lines.append(cells)
+    text = [f"{found.target} by a {found.task} head on {found.model} ({found.level})", format_table(titles, lines, 100)]
+    if len(found.rows) > MOST_ROWS:
+        text.append(f"{len(found.rows) - MOST_ROWS:,} more (all with --json or -o)")
+    text += [f"note: {note}" for note in found.notes]
+    return "\n".join([*text, *([f"{out}: {len(found.rows):,} rows"] if out else [])])
