@@ -10,7 +10,6 @@ first slice to the last; a choice that runs beyond the last slice, which is an e
 Axes in names: L tokens, D width, S slices, N patches.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,12 @@ from hilum.encode.released.curia import curia_contract
 from hilum.encode.released.weights import translate_dinov2
 from hilum.encode.vit import ViT
 from hilum.errors import ContractError, UsageError
+from hilum.probe.attention_heads import block_part, cross_block, self_block, slice_codes
 from hilum.records import read_json
 from hilum.settings import from_dict
 from hilum.volume import Volume
 
 BATCH = 8  # slices that go through the encoder at once
-NORM_EPS = 1e-5  # of the LayerNorms of attention pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,29 +187,20 @@ class CuriaHead:
         padding  zero tokens behind the others. A self block keeps the two apart, and no padding is zero after it, so what
                  follows takes it for tokens. A cross block leaves out padding that is still zero
         """
+        stacked = {name: tensor[None] for name, tensor in self.tensors.items()}  # one lane
         for block in self.settings.blocks:
-            name = f"attention_module.{block}_attention"
+            part = block_part(stacked, block)
             if block == "self":
-                after = [self._attention_block(name, tokens_LD, tokens_LD)]
+                after = [self_block(part, tokens_LD[None], None)[0, 0]]
                 if padding:
                     zeros = tokens_LD.new_zeros(padding, tokens_LD.shape[1])
-                    after.append(self._attention_block(name, zeros, zeros))
+                    after.append(self_block(part, zeros[None], None)[0, 0])
                 tokens_LD = torch.cat(after)
             else:
-                tokens_LD = self._attention_block(name, self.tensors[f"{name}.learned_queries"], tokens_LD)
+                queries = stacked["attention_module.cross_attention.learned_queries"][:, None]
+                tokens_LD = cross_block(part, queries, tokens_LD[None], None)[0, 0]
             padding = 0
         return tokens_LD.mean(0)
-
-    def _attention_block(self, name: str, asking_QD: Tensor, tokens_LD: Tensor) -> Tensor:
-        """LayerNorm(x + attention(x)), one head."""
-        part = {key.removeprefix(f"{name}.attention."): tensor for key, tensor in self.tensors.items()}
-        weights, biases = part["multihead_attn.in_proj_weight"].chunk(3), part["multihead_attn.in_proj_bias"].chunk(3)
-        inputs = (asking_QD, tokens_LD, tokens_LD)
-        q, k, v = (functional.linear(x, w, b)[None] for x, w, b in zip(inputs, weights, biases))
-        seen = functional.scaled_dot_product_attention(q, k, v)[0]
-        seen = functional.linear(seen, part["multihead_attn.out_proj.weight"], part["multihead_attn.out_proj.bias"])
-        x = asking_QD + seen
-        return functional.layer_norm(x, x.shape[-1:], part["norm.weight"], part["norm.bias"], NORM_EPS)
 
 
 def tokens_before_norm(encoder: Encoder, images: Tensor) -> Tensor:
@@ -245,13 +235,6 @@ def choose_slices(num: int, cells: Tensor | None, wanted: int | None, match_upst
         )
     slices = [z % num for z in picked if match_upstream or 0 <= z < num]
     return slices if cells is None else [z for z in slices if bool(cells[z].any())]
-
-
-def slice_codes(num: int, width: int) -> Tensor:
-    """(num, D) sines and cosines of the place in the list of chosen slices (Vaswani 2017, base 10000)."""
-    rates = torch.exp(torch.arange(0, width, 2).float() * (-math.log(10000) / width))
-    angles = torch.arange(num)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 def read_head(folder: str | Path, *, device: str = "cpu") -> CuriaHead:

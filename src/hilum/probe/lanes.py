@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call, vmap  # type: ignore[attr-defined]
+from torch.func import functional_call, vmap
 
 from hilum.errors import TrainingDiverged, UsageError
 from hilum.terminal import Progress
@@ -105,7 +105,7 @@ class ModuleNetwork:
 class LaneSettings:
     """How lanes are trained.
 
-    seeds           networks for each learning rate; numbers 0 … seeds - 1 are drawn with
+    seeds           one network of each for every learning rate
     learning_rates  the grid
     epochs          passes over the training cases
     batch_size      cases a step
@@ -117,7 +117,7 @@ class LaneSettings:
     shuffle         a new order of cases each epoch
     """
 
-    seeds: int
+    seeds: tuple[int, ...]
     learning_rates: tuple[float, ...]
     epochs: int
     batch_size: int
@@ -133,10 +133,9 @@ class LaneSettings:
             raise UsageError(
                 f"optimiser is adamw or sgd, schedule constant or cosine; found {self.optimiser}, {self.schedule}"
             )
-        if min(self.seeds, self.epochs, self.batch_size, self.lanes_at_once, len(self.learning_rates)) < 1:
-            raise UsageError(
-                "seeds, epochs, batch_size and lanes_at_once are at least 1, and one learning rate is needed"
-            )
+        counts = (len(self.seeds), len(self.learning_rates), self.epochs, self.batch_size, self.lanes_at_once)
+        if min(counts) < 1:
+            raise UsageError("at least one seed, learning rate, epoch, case a batch and lane at once are needed")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,14 +167,16 @@ class Fitted:
     scores: NDArray[np.float64]
 
 
+Loss = Callable[[Any, Sequence[int]], Tensor]
+Score = Callable[[list[Any], list[list[int]]], Tensor]
+
+
 class _Stack:
     """Some lanes with their weights and the state of their optimiser."""
 
-    def __init__(
-        self, network: Network, lanes: Sequence[tuple[int, int]], settings: LaneSettings, device: str
-    ) -> None:
+    def __init__(self, network: Network, lanes: Sequence[tuple[int, int]], settings: LaneSettings, device: str) -> None:
         self.lanes, self.settings = tuple(lanes), settings
-        self.seeds = [seed for _, seed in lanes]
+        self.seeds = [settings.seeds[n] for _, n in lanes]
         drawn = {seed: network.init(torch.Generator().manual_seed(seed)) for seed in sorted(set(self.seeds))}
         names = drawn[self.seeds[0]]
         self.weights = {
@@ -214,33 +215,36 @@ class _Stack:
 def fit_lanes(
     network: Network,
     train: Data,
-    validation: Data,
+    validation: Data | None,
     settings: LaneSettings,
     *,
-    loss: Callable[[Any, Sequence[int]], Tensor],
-    score: Callable[[list[Any], list[Sequence[int]]], Tensor],
+    loss: Loss,
+    score: Score,
     couples_cases: bool = False,
+    stop: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Fitted:
     """Train all lanes, choose a learning rate and an epoch by the mean over seeds of `score` on validation.
 
+    validation     None: the training cases themselves decide
     loss           (outputs, numbers of their cases) → (M,), the mean over these cases
     score          (outputs of every validation piece, their case numbers) → (M,), higher is better
     couples_cases  the loss of a case depends on the others in its batch (Cox). A batch of several pieces is then read twice:
                    once for the outputs of all, once for their gradients
-    A lane whose loss is no longer finite is out. TrainingDiverged when no learning rate is left.
+    stop           end after so many epochs of the schedule and take them, without a choice: one learning rate only
+    TrainingDiverged when no learning rate leaves all its seeds finite.
     """
     rates = settings.learning_rates
-    lanes = [(rate, seed) for rate in range(len(rates)) for seed in range(settings.seeds)]
+    lanes = [(rate, seed) for rate in range(len(rates)) for seed in range(len(settings.seeds))]
     groups = [lanes[n : n + settings.lanes_at_once] for n in range(0, len(lanes), settings.lanes_at_once)]
     stacks = [_Stack(network, group, settings, device) for group in groups]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(settings.seeds[0])
     num_steps = math.ceil(train.num / settings.batch_size) * settings.epochs
-    scores = np.full((settings.epochs, len(rates), settings.seeds), -np.inf)
-    kept: dict[int, tuple[int, dict[str, Tensor]]] = {}
+    scores = np.full((settings.epochs if stop is None else stop, len(rates), len(settings.seeds)), -np.inf)
+    kept: dict[int, dict[str, Tensor]] = {}
     done = 0
-    for epoch in range(settings.epochs):
+    for epoch in range(len(scores)):
         order = rng.permutation(train.num) if settings.shuffle else np.arange(train.num)
         batches = train.plan(order.tolist(), settings.batch_size)
         for _ in _epoch(network, train, batches, stacks, loss, couples_cases, epoch, device):
@@ -250,15 +254,17 @@ def fit_lanes(
             done += 1
             if progress:
                 progress(done, num_steps, "training heads")
-        for stack, found in zip(stacks, _validate(network, validation, stacks, score, settings, device)):
-            for (rate, seed), value in zip(stack.lanes, found.tolist()):
-                scores[epoch, rate, seed] = value if math.isfinite(value) else -np.inf
-        _keep_best(scores, epoch, stacks, kept)
+        if stop is None:
+            scores[epoch] = _validate(network, validation or train, stacks, score, settings)
+            _keep_best(scores, epoch, stacks, kept)
+    if stop is not None:
+        _keep_best(np.zeros((1, 1, len(settings.seeds))), 0, stacks, kept)
+        return Fitted(weights=kept[0], learning_rate=rates[0], epoch=stop, scores=scores)
     best = scores.mean(2)
     if not np.isfinite(best).any():
         raise TrainingDiverged(f"no learning rate of {list(rates)} gave finite outputs; give smaller ones")
     epoch, rate = (int(n) for n in np.unravel_index(best.argmax(), best.shape))
-    return Fitted(weights=kept[rate][1], learning_rate=rates[rate], epoch=epoch + 1, scores=scores)
+    return Fitted(weights=kept[rate], learning_rate=rates[rate], epoch=epoch + 1, scores=scores)
 
 
 def run_lanes(network: Network, weights: Weights, data: Data, batch_size: int) -> Iterator[tuple[Any, list[int]]]:
@@ -274,7 +280,7 @@ def _epoch(
     data: Data,
     batches: list[list[list[int]]],
     stacks: list[_Stack],
-    loss: Callable[[Any, Sequence[int]], Tensor],
+    loss: Loss,
     couples_cases: bool,
     epoch: int,
     device: str,
@@ -308,7 +314,7 @@ def _slopes(
     stream: Iterator[Any],
     pieces: list[list[int]],
     stacks: list[_Stack],
-    loss: Callable[[Any, Sequence[int]], Tensor],
+    loss: Loss,
     epoch: int,
     device: str,
 ) -> list[Tensor]:
@@ -328,40 +334,33 @@ def _slopes(
 
 
 def _validate(
-    network: Network,
-    data: Data,
-    stacks: list[_Stack],
-    score: Callable[[list[Any], list[Sequence[int]]], Tensor],
-    settings: LaneSettings,
-    device: str,
-) -> list[Tensor]:
-    """(M,) score of each stack, all from one reading."""
+    network: Network, data: Data, stacks: list[_Stack], score: Score, settings: LaneSettings
+) -> NDArray[np.float64]:
+    """(learning rates, seeds): the score of every lane, all from one reading; -inf where it is not finite."""
     pieces = [piece for batch in data.plan(range(data.num), settings.batch_size) for piece in batch]
     outputs: list[list[Any]] = [[] for _ in stacks]
+    found = np.full((len(settings.learning_rates), len(settings.seeds)), -np.inf)
     with torch.no_grad(), closing(_closable(data.read(pieces))) as read:
-        for piece, batch in zip(pieces, read):
+        for batch in read:
             for stack, parts in zip(stacks, outputs):
                 parts.append(network.outputs(stack.weights, batch, None))
-        return [score(parts, list(pieces)) for parts in outputs]
+        for stack, parts in zip(stacks, outputs):
+            for (rate, seed), value in zip(stack.lanes, score(parts, pieces).tolist()):
+                found[rate, seed] = value if math.isfinite(value) else -np.inf
+    return found
 
 
 def _keep_best(
-    scores: NDArray[np.float64], epoch: int, stacks: list[_Stack], kept: dict[int, tuple[int, dict[str, Tensor]]]
+    scores: NDArray[np.float64], epoch: int, stacks: list[_Stack], kept: dict[int, dict[str, Tensor]]
 ) -> None:
-    """Copy the weights of a learning rate whose mean over seeds is its best so far, seeds in order."""
+    """Copy the weights of each learning rate whose mean over seeds is its best so far, seeds in order."""
     means = scores[: epoch + 1].mean(2)
     for rate in range(scores.shape[1]):
         if not np.isfinite(means[epoch, rate]) or means[:, rate].argmax() != epoch:
             continue
-        found = {
-            seed: (stack, row)
-            for stack in stacks
-            for row, (r, seed) in enumerate(stack.lanes)
-            if r == rate
-        }  # fmt: skip
-        ordered = [found[seed] for seed in sorted(found)]
-        names = stacks[0].weights
-        kept[rate] = (epoch, {n: torch.stack([s.weights[n][row].detach().clone() for s, row in ordered]) for n in names})
+        found = {seed: (stack, row) for stack in stacks for row, (r, seed) in enumerate(stack.lanes) if r == rate}
+        lanes = [found[seed] for seed in range(scores.shape[2])]
+        kept[rate] = {n: torch.stack([s.weights[n][row].detach() for s, row in lanes]) for n in stacks[0].weights}
 
 
 def _closable(stream: Iterator[Any]) -> Any:

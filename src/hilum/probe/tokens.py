@@ -121,7 +121,7 @@ class TokenSequence:
 
     def __init__(self, items: Sequence[CaseTokens | TokenFile]) -> None:
         self.items = tuple(items)
-        self._shapes: list[tuple[int, int]] | None = None
+        self._shapes: list[tuple[int, int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -136,40 +136,50 @@ class TokenSequence:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens of each case. Of files only the headers are read."""
-        return np.array([length for length, _ in self._sizes()])
+        return np.array([length for length, _, _ in self._sizes()])
+
+    @property
+    def num_planes(self) -> NDArray[np.int64]:
+        """(N,) planes of each case, of the whole scan where a region is looked at."""
+        return np.array([planes for _, _, planes in self._sizes()])
 
     @property
     def width(self) -> int:
         """D. UsageError when cases differ in it, or there are none."""
-        widths = sorted({width for _, width in self._sizes()})
+        widths = sorted({width for _, width, _ in self._sizes()})
         if len(widths) != 1:
             raise UsageError(
                 f"a head needs tokens of one width; found {widths or 'no case'}. Were cases encoded by different models?"
             )
         return widths[0]
 
-    def _sizes(self) -> list[tuple[int, int]]:
+    def _sizes(self) -> list[tuple[int, int, int]]:
         if self._shapes is None:
             self._shapes = [
-                (len(item.tokens), item.tokens.shape[1]) if isinstance(item, CaseTokens) else _size(item)
+                (*item.tokens.shape, item.grid[0]) if isinstance(item, CaseTokens) else _size(item)
                 for item in self.items
             ]
         return self._shapes
 
-    def batches(self, plan: Sequence[Sequence[int]]) -> Iterator[TokenBatch]:
-        """One batch for each list of case numbers, in that order; the next is read while this one is used."""
+    def batches(self, plan: Sequence[Sequence[int]], *, per_plane: bool = False) -> Iterator[TokenBatch]:
+        """One batch for each list of case numbers, in that order; the next is read while this one is used.
+
+        per_plane  the tokens of each plane are averaged to one
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="tokens") as reader:
-            coming = [reader.submit(self.batch, plan[0])] if plan else []
+            coming = [reader.submit(self.batch, plan[0], per_plane=per_plane)] if plan else []
             for following in range(1, len(plan) + 1):
                 batch = coming.pop().result()
                 if following < len(plan):
-                    coming.append(reader.submit(self.batch, plan[following]))
+                    coming.append(reader.submit(self.batch, plan[following], per_plane=per_plane))
                 yield batch
                 del batch  # else three would be held
 
-    def batch(self, numbers: Sequence[int]) -> TokenBatch:
+    def batch(self, numbers: Sequence[int], *, per_plane: bool = False) -> TokenBatch:
         """These cases as one padded batch."""
         cases: list[CaseTokens] = [self[int(n)] for n in numbers]
+        if per_plane:
+            cases = [_plane_means(case) for case in cases]
         longest = max(len(case.tokens) for case in cases)
         tokens = torch.zeros(len(cases), longest, cases[0].tokens.shape[1])
         planes = torch.zeros(len(cases), longest, dtype=torch.int64)
@@ -228,7 +238,7 @@ def features_tokens(features: Features, weights: Array | None = None) -> CaseTok
 
 
 def plan_batches(lengths: Array, order: Sequence[int], batch_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Cases in `order` → batches of `batch_size`, each cut into pieces of at most `max_tokens` padded tokens (at least one case)."""
+    """Cases in `order` → batches of `batch_size`, cut into pieces of at most `max_tokens` padded tokens (or one case)."""
     batches = []
     for start in range(0, len(order), batch_size):
         pieces: list[list[int]] = [[]]
@@ -267,12 +277,20 @@ def _read(item: TokenFile) -> CaseTokens:
     return case_tokens(Patches(tokens, grid, None, affines, item.slices, whole.facts), item.weights)
 
 
-def _size(item: TokenFile) -> tuple[int, int]:
-    """Tokens and width of a file, from its header."""
+def _plane_means(case: CaseTokens) -> CaseTokens:
+    """One token a plane, at the place of the plane's first token."""
+    planes, starts, counts = np.unique(case.planes, return_index=True, return_counts=True)
+    sums = np.stack([case.tokens[case.planes == plane].astype(np.float32).sum(0) for plane in planes])
+    return replace(case, tokens=sums / counts[:, None].astype(np.float32), place=case.place[starts], weights=None)
+
+
+def _size(item: TokenFile) -> tuple[int, int, int]:
+    """Tokens, width and planes of a file, from its header."""
     try:
         k, j, i, width = blosc2.open(str(item.path), mode="r").shape
     except (OSError, RuntimeError, ValueError, FileNotFoundError) as error:
         raise InputError(f"{item.path} cannot be read as patch tokens: {error}") from None
     if item.weights is not None:
-        return int(np.count_nonzero(item.weights)), width
-    return (k if item.slices is None else len(item.slices)) * j * i, width
+        return int(np.count_nonzero(item.weights)), width, k
+    planes = k if item.slices is None else len(item.slices)
+    return planes * j * i, width, planes
