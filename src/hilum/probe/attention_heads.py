@@ -138,9 +138,9 @@ class CuriaPooling:
         for block in self.blocks:
             front = f"attention_module.{block}_attention"
             bound, small = math.sqrt(6 / (4 * D)), 1 / math.sqrt(D)  # Xavier of (3D, D); torch's default of (D, D)
-            found[f"{front}.attention.multihead_attn.in_proj_weight"] = _uniform((3 * D, D), bound, generator)
+            found[f"{front}.attention.multihead_attn.in_proj_weight"] = uniform((3 * D, D), bound, generator)
             found[f"{front}.attention.multihead_attn.in_proj_bias"] = torch.zeros(3 * D)
-            found[f"{front}.attention.multihead_attn.out_proj.weight"] = _uniform((D, D), small, generator)
+            found[f"{front}.attention.multihead_attn.out_proj.weight"] = uniform((D, D), small, generator)
             found[f"{front}.attention.multihead_attn.out_proj.bias"] = torch.zeros(D)
             found[f"{front}.attention.norm.weight"] = torch.ones(D)
             found[f"{front}.attention.norm.bias"] = torch.zeros(D)
@@ -196,15 +196,15 @@ class OneQuery:
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         D, H = self.width, self.hidden
         return {
-            "project.weight": _uniform((H, D), 1 / math.sqrt(D), generator),
-            "project.bias": _uniform((H,), 1 / math.sqrt(D), generator),
+            "project.weight": uniform((H, D), 1 / math.sqrt(D), generator),
+            "project.bias": uniform((H,), 1 / math.sqrt(D), generator),
             "query": torch.randn(H, generator=generator),
-            "in_proj_weight": _uniform((3 * H, H), math.sqrt(6 / (4 * H)), generator),
+            "in_proj_weight": uniform((3 * H, H), math.sqrt(6 / (4 * H)), generator),
             "in_proj_bias": torch.zeros(3 * H),
-            "out_proj.weight": _uniform((H, H), 1 / math.sqrt(H), generator),
+            "out_proj.weight": uniform((H, H), 1 / math.sqrt(H), generator),
             "out_proj.bias": torch.zeros(H),
-            "classifier.weight": _uniform((self.num_outputs, H), 1 / math.sqrt(H), generator),
-            "classifier.bias": _uniform((self.num_outputs,), 1 / math.sqrt(H), generator),
+            "classifier.weight": uniform((self.num_outputs, H), 1 / math.sqrt(H), generator),
+            "classifier.bias": uniform((self.num_outputs,), 1 / math.sqrt(H), generator),
         }
 
     def outputs(self, weights: Weights, batch: TokenBatch, draws: Draws | None) -> Tensor:
@@ -240,7 +240,7 @@ class OneQuery:
         return lane_linear(x, weights["classifier.weight"], weights["classifier.bias"])[:, :, 0]
 
 
-def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     return nn.init.uniform_(torch.empty(shape), -bound, bound, generator=generator)
 
 

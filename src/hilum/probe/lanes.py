@@ -222,6 +222,7 @@ def fit_lanes(
     score: Score,
     couples_cases: bool = False,
     stop: int | None = None,
+    summarise: Callable[[Any, list[int]], Any] = lambda outputs, cases: outputs,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Fitted:
@@ -232,6 +233,7 @@ def fit_lanes(
     score          (outputs of every validation piece, their case numbers) → (M,), higher is better
     couples_cases  the loss of a case depends on the others in its batch (Cox). A batch of several pieces is then read twice:
                    once for the outputs of all, once for their gradients
+    summarise      (outputs of a validation piece, its cases) → what `score` takes instead, where outputs are large
     stop           end after so many epochs of the schedule and take them, without a choice: one learning rate only
     TrainingDiverged when no learning rate leaves all its seeds finite.
     """
@@ -255,7 +257,7 @@ def fit_lanes(
             if progress:
                 progress(done, num_steps, "training heads")
         if stop is None:
-            scores[epoch] = _validate(network, validation or train, stacks, score, settings)
+            scores[epoch] = _validate(network, validation or train, stacks, score, settings, summarise)
             _keep_best(scores, epoch, stacks, kept)
     if stop is not None:
         _keep_best(np.zeros((1, 1, len(settings.seeds))), 0, stacks, kept)
@@ -334,16 +336,21 @@ def _slopes(
 
 
 def _validate(
-    network: Network, data: Data, stacks: list[_Stack], score: Score, settings: LaneSettings
+    network: Network,
+    data: Data,
+    stacks: list[_Stack],
+    score: Score,
+    settings: LaneSettings,
+    summarise: Callable[[Any, list[int]], Any],
 ) -> NDArray[np.float64]:
     """(learning rates, seeds): the score of every lane, all from one reading; -inf where it is not finite."""
     pieces = [piece for batch in data.plan(range(data.num), settings.batch_size) for piece in batch]
     outputs: list[list[Any]] = [[] for _ in stacks]
     found = np.full((len(settings.learning_rates), len(settings.seeds)), -np.inf)
     with torch.no_grad(), closing(_closable(data.read(pieces))) as read:
-        for batch in read:
+        for piece, batch in zip(pieces, read):
             for stack, parts in zip(stacks, outputs):
-                parts.append(network.outputs(stack.weights, batch, None))
+                parts.append(summarise(network.outputs(stack.weights, batch, None), piece))
         for stack, parts in zip(stacks, outputs):
             for (rate, seed), value in zip(stack.lanes, score(parts, pieces).tolist()):
                 found[rate, seed] = value if math.isfinite(value) else -np.inf

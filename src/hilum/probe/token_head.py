@@ -59,13 +59,19 @@ class TokenHead(Head):
     def _prepare(self, X: TokenSequence) -> None:
         """Check and decide what depends on the training cases."""
 
+    def _targets(self, y: Any, num_cases: int) -> Array:
+        return check_targets(y, self.task, num_cases)
+
+    def _objective(self, y: Array, classes: Array | None, centre: float, spread: float) -> Any:
+        return Objective(self.task, y, classes, centre, spread)
+
     def fit(self, X: TokenSequence, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:
         check_task(self)
-        y = check_targets(y, self.task, len(X))
+        y = self._targets(y, len(X))
         width = X.width
         self._prepare(X)
         settings = self._settings(X, width)
-        num_outputs = y.shape[1] if self.task == "multilabel" else 1
+        num_outputs = y.shape[1] if y.ndim == 2 and self.task != "survival" else 1
         if self.task == "classification":
             self.classes_ = np.unique(y)
             num_outputs = len(self.classes_)
@@ -98,8 +104,8 @@ class TokenHead(Head):
         if self.task == "regression":
             centre, spread = float(y.mean()), float(y.std()) or 1.0
         classes = getattr(self, "classes_", None)
-        own = Objective(self.task, y, classes, centre, spread)
-        judge = own if X_val is None else Objective(self.task, np.asarray(y_val), classes, centre, spread)
+        own = self._objective(y, classes, centre, spread)
+        judge = own if X_val is None else self._objective(np.asarray(y_val), classes, centre, spread)
         fitted = fit_lanes(
             network,
             self._data(X, settings.lanes_at_once),
