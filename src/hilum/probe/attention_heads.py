@@ -1,7 +1,7 @@
 """Heads that learn where to look: attention over the patch tokens of a case.
 
-attention   Curia's block (self- and cross-attention, one head, post-norm), in the layout of the released heads
-q-former    VoxelFM's one learned query over a projection of the tokens (Linear, 4-head attention, Linear)
+attention        Curia's block (self- and cross-attention, one head, post-norm), in the layout of the released heads
+cross-attention  VoxelFM's one learned query over a projection of the tokens (Linear, 4-head attention, Linear)
 
 A query asks every token the same question, so that the question, not the tokens, is put through the key weights:
 q · (W x + b) = (Wᵀ q) · x + const, and the constant falls out of the softmax. Likewise Σ a (V x + b) = V Σ a x + b. One product

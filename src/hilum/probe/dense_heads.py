@@ -38,7 +38,7 @@ class Decoder(nn.Module):
     def __init__(self, tokens: int, width: int, blocks: int, classes: int, kernel: Grid) -> None:
         super().__init__()
         self.first = nn.Conv3d(tokens, width, 1)
-        pad = tuple(size // 2 for size in kernel)
+        pad = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         parts: list[nn.Module] = []
         for block in range(blocks):
             for _ in range(2):
@@ -81,7 +81,7 @@ def truth_on_grid(truth: Volume, affine: FloatArray, grid: Grid) -> NDArray[np.i
         whole = np.rint(at).astype(np.int64)
         inside &= (whole >= 0) & (whole < truth.shape[axis])
         found.append(whole.clip(0, truth.shape[axis] - 1))
-    labels = truth.voxels[tuple(found)].astype(np.int64)
+    labels: NDArray[np.int64] = truth.voxels[tuple(found)].astype(np.int64)
     labels[~inside] = OUTSIDE
     return labels
 
@@ -171,10 +171,10 @@ class SegmentationHead(Head):
         if validation is None:
             train, held = hold_out(np.zeros(len(X)), "regression", groups, self.seed)
             if len(held):
-                X_val, y_val, refit = X[held], [y[n] for n in held], True
+                X_val, y_val, refit = X[held], [y[int(n)] for n in held], True
         network, lanes = self._network(), self._lanes_at_once(X)
         rates = tuple(self.learning_rates)
-        fitted = self._fit_lanes(network, X[train], [y[n] for n in train], X_val, y_val, lanes, rates, None)
+        fitted = self._fit_lanes(network, X[train], [y[int(n)] for n in train], X_val, y_val, lanes, rates, None)
         self.learning_rate_, self.epoch_, self.scores_ = fitted.learning_rate, fitted.epoch, fitted.scores
         if refit:
             fitted = self._fit_lanes(network, X, y, None, None, lanes, (fitted.learning_rate,), fitted.epoch)
@@ -296,7 +296,9 @@ class SegmentationHead(Head):
         y  the true label maps, against which is counted; UsageError without
         """
         if y is None:
-            raise UsageError("counts of a segmentation need the true label maps; call outputs(X, y), or segment(X, scans)")
+            raise UsageError(
+                "counts of a segmentation need the true label maps; call outputs(X, y), or segment(X, scans)"
+            )
         rows = []
         for (logits, affine), truth in zip(self._logits(X), y, strict=True):
             labels = np.zeros((len(logits), *truth.shape), np.uint16)

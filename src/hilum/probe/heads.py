@@ -15,6 +15,10 @@ HEADS = {  # name → module:class; docs/heads.md says which for what
     "linear-sgd": "hilum.probe.stacked:StackedLinear",
     "mlp": "hilum.probe.mlp:MLPHead",
     "cox": "hilum.probe.survival:CoxHead",
+    "attention": "hilum.probe.attention_heads:AttentionHead",
+    "cross-attention": "hilum.probe.attention_heads:QFormerHead",
+    "localisation": "hilum.probe.localisation:LocalisationHead",
+    "segmentation": "hilum.probe.dense_heads:SegmentationHead",
 }
 
 

@@ -47,8 +47,8 @@ class LightLocaliser:
 
 
 class AttentionLocaliser:
-    """VoxelFM's head: x + Linear(grid), self-attention of 4 heads, a score MLP, softmax-weighted positions; 3,103,745 weights at
-    width 864. A `Network` of `hilum.probe.lanes`.
+    """VoxelFM's head: x + Linear(grid), self-attention of 4 heads, a score MLP, softmax-weighted positions.
+    3,103,745 weights at width 864. A `Network` of `hilum.probe.lanes`.
 
     The grid that is added runs from 0 to 1 along each axis; positions are those of the tokens in mm, so an answer lies in their
     hull, as upstream in [0, 1]³.
@@ -124,7 +124,7 @@ class _Distance:
     def score(self, parts: list[Any], pieces: list[list[int]]) -> Tensor:
         found = torch.cat(parts, 1)
         wanted = self._y[[case for piece in pieces for case in piece]].to(found.device)
-        return -(found - wanted).norm(dim=-1).mean(1)
+        return -torch.linalg.vector_norm(found - wanted, dim=-1).mean(1)
 
 
 class LocalisationHead(TokenHead):
