@@ -104,7 +104,7 @@ def test_decoder_is_voxelfms():
 def test_segmentation_finds_two_balls_on_the_grid_of_the_scan(planar):
     X, y, _ = blobs(20, planar)
     X_new, y_new, _ = blobs(6, planar, seed=1)
-    head = SegmentationHead(seeds=2, learning_rates=(1e-2,), epochs=12, width=8)
+    head = SegmentationHead(seeds=2, learning_rates=(1e-2,), epochs=5, batch_size=2)
     assert head.fit(X, y, validation=(X_new, y_new)) is head
     out = head.outputs(X_new, y_new)
     assert out.shape == (2, 6, 8)
@@ -164,10 +164,9 @@ def test_labels_outside_the_known_classes_and_regions_are_refused():
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_localisation_finds_a_ball_in_millimetres(attention):
-    X, _, points = blobs(48)
-    X_new, _, wanted = blobs(24, seed=1)
-    rates = (3e-3,) if attention else (3e-2,)
-    head = LocalisationHead(seeds=2, learning_rates=rates, epochs=25, attention=attention).fit(X, points)
+    X, _, points = blobs(48, patch=2)
+    X_new, _, wanted = blobs(24, seed=1, patch=2)
+    head = LocalisationHead(seeds=2, learning_rates=(1e-2,), epochs=20, attention=attention).fit(X, points)
     out = head.outputs(X_new)
     assert out.shape == (2, 24, 3)
     np.testing.assert_allclose(head.predict(X_new), out.mean(0), atol=1e-3)

@@ -33,10 +33,12 @@ class Decoder(nn.Module):
     output grid; 1×1×1 convolution to the classes. The last block has no norm. VoxelFM's: width 64, three blocks, 112³.
 
     kernel  (3, 3, 3), or (1, 3, 3) for slices
+    linear  add a linear map of each token to the classes, resized; the convolutions then begin at 0 and refine it
     """
 
-    def __init__(self, tokens: int, width: int, blocks: int, classes: int, kernel: Grid) -> None:
+    def __init__(self, tokens: int, width: int, blocks: int, classes: int, kernel: Grid, linear: bool = False) -> None:
         super().__init__()
+        self.linear = nn.Conv3d(tokens, classes, 1) if linear else None
         self.first = nn.Conv3d(tokens, width, 1)
         pad = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         parts: list[nn.Module] = []
@@ -46,10 +48,12 @@ class Decoder(nn.Module):
                 parts.append(nn.Sequential(nn.Conv3d(width, width, kernel, padding=pad, bias=False), norm, nn.ReLU()))
         self.blocks = nn.ModuleList(parts)
         self.last = nn.Conv3d(width, classes, 1)
+        if linear:
+            nn.init.zeros_(self.last.weight)
 
     def forward(self, x: Tensor, output: Grid) -> Tensor:
         """(1, D, k, j, i) → (1, C, *output)."""
-        start = x.shape[2:]
+        start, tokens = x.shape[2:], x
         x = self.first(x)
         number = len(self.blocks) // 2
         for block in range(number):
@@ -58,6 +62,8 @@ class Decoder(nn.Module):
             if tuple(x.shape[2:]) != tuple(size):
                 x = functional.interpolate(x, size, mode="trilinear", align_corners=False)
         found: Tensor = self.last(x)
+        if self.linear is not None:
+            found = found + functional.interpolate(self.linear(tokens), output, mode="trilinear", align_corners=False)
         return found
 
 
@@ -109,11 +115,11 @@ class SegmentationHead(Head):
 
     seed … max_floats of lanes as in `TokenHead`, except that a case is a piece
     num_classes  without the background; None: the largest label of the training cases
-    width, num_blocks  of the decoder (`Decoder`)
+    width, num_blocks, linear  of the decoder (`Decoder`)
     output       cells along each axis of its output; None: `upscale` times the tokens (of slices: within the plane)
     loss         "ce", or "ce+dice": mean soft Dice of the classes of a case is added
 
-    VoxelFM's head: width 64, num_blocks 3, output 112, loss "ce"; 727,094 weights for 118 classes at token width 864.
+    VoxelFM's head: width 64, num_blocks 3, linear False, output 112, loss "ce": 727,094 weights for 118 classes at token width 864.
     """
 
     sees: ClassVar[Literal["vectors", "tokens"]] = "tokens"
@@ -137,6 +143,7 @@ class SegmentationHead(Head):
         num_blocks: int = 2,
         output: int | None = None,
         upscale: int = 4,
+        linear: bool = True,
         loss: Literal["ce", "ce+dice"] = "ce+dice",
         max_floats: int = 64_000_000,
         device: str = "cpu",
@@ -144,7 +151,8 @@ class SegmentationHead(Head):
         self.task, self.seed, self.seeds, self.learning_rates = task, seed, seeds, learning_rates
         self.epochs, self.batch_size, self.optimiser, self.weight_decay = epochs, batch_size, optimiser, weight_decay
         self.schedule, self.clip, self.num_classes, self.width = schedule, clip, num_classes, width
-        self.num_blocks, self.output, self.upscale, self.loss = num_blocks, output, upscale, loss
+        self.num_blocks, self.output, self.upscale = num_blocks, output, upscale
+        self.linear, self.loss = linear, loss
         self.max_floats, self.device = max_floats, device
 
     def fit(
@@ -252,7 +260,8 @@ class SegmentationHead(Head):
             x = batch.tokens[0].T.reshape(1, -1, *case.grid)
             return module(x, self._finer(case.grid))[0]
 
-        return _WithCase(lambda: Decoder(self.n_features_in_, self.width, self.num_blocks, classes, kernel), call)
+        sizes = (self.n_features_in_, self.width, self.num_blocks, classes, kernel, self.linear)
+        return _WithCase(lambda: Decoder(*sizes), call)
 
     def _lanes_at_once(self, X: TokenSequence) -> int:
         """So that what one lane makes of the largest case fits: about six copies of its finest maps."""

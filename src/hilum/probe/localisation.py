@@ -23,8 +23,8 @@ NUM_HEADS, HIDDEN = 4, 128  # of VoxelFM's head
 class LightLocaliser:
     """Σ a (p + W x) + b with a = softmax(w · x) over tokens x at positions p. A `Network` of `hilum.probe.lanes`.
 
-    W x, which is 0 at first, points from a token to the place, so that answers are neither bound to the hull of the tokens nor to
-    their steps; b is the mean place relative to the middle of the grid.
+    W x, which is 0 at first, points from a token to the place, so that answers are bound neither to the hull of the tokens
+    nor to their steps; b is the mean place relative to the middle of the grid.
     """
 
     def __init__(self, width: int) -> None:
