@@ -93,7 +93,7 @@ def truth_on_grid(truth: Volume, affine: FloatArray, grid: Grid) -> NDArray[np.i
 
 
 def on_scan(logits_MCKJI: Tensor, affine: FloatArray, scan: Volume) -> Iterator[tuple[slice, Tensor]]:
-    """Logits at the voxels of a scan, some planes at a time: (planes, (M, C, z, Y, X)). Linear; beyond the grid its nearest cell."""
+    """Logits at the voxels of a scan, some planes at a time: (planes, (M, C, z, Y, X)). Linear, beyond the grid as at its edge."""
     lanes, classes, *grid = logits_MCKJI.shape
     to_grid = np.linalg.solve(affine, scan._affine("a scan to segment"))
     planes = max(1, SLAB // (lanes * classes * scan.shape[1] * scan.shape[2]))
@@ -119,7 +119,8 @@ class SegmentationHead(Head):
     output       cells along each axis of its output; None: `upscale` times the tokens (of slices: within the plane)
     loss         "ce", or "ce+dice": mean soft Dice of the classes of a case is added
 
-    VoxelFM's head: width 64, num_blocks 3, linear False, output 112, loss "ce": 727,094 weights for 118 classes at token width 864.
+    VoxelFM's head: width 64, num_blocks 3, linear False, output 112, loss "ce"; 727,094 weights for 118 outputs at token
+    width 864.
     """
 
     sees: ClassVar[Literal["vectors", "tokens"]] = "tokens"
@@ -299,8 +300,8 @@ class SegmentationHead(Head):
             yield Volume(voxels=labels, affine=scan.affine, modality=scan.modality, kind="label")
 
     def outputs(self, X: TokenSequence, y: Sequence[Volume] | None = None) -> NDArray[np.float32]:
-        """(S, N, 4 · classes) for each head seed: class after class predicted and shared voxels, 95 % Hausdorff and mean surface
-        distance in mm (NaN where the class is absent from truth or prediction), on the grid of the truth.
+        """(S, N, 4 · classes) for each head seed: class after class predicted and shared voxels, 95 % Hausdorff and mean
+        surface distance in mm (NaN where the class is absent from truth or prediction), on the grid of the truth.
 
         y  the true label maps, against which is counted; UsageError without
         """
