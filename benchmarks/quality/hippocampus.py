@@ -2,7 +2,7 @@
 
     python benchmarks/quality/hippocampus.py FOLDER --model MODEL [--cases 80] [--seeds 3]
 
-FOLDER holds images/ and labels/ (NIfTI, 1 = anterior, 2 = posterior). The crops of a fifth of the cases are the test, another fifth
+FOLDER holds images/ and labels/ (NIfTI, 1 = anterior, 2 = posterior). A fifth of the cases is the test, another fifth
 decides. Beside the heads stand what knows nothing of the scan: the most frequent class at each place of the crop (as a share of
 its extent), and the mean place. MSD does not say which files share a subject, so intervals over cases are too narrow; the file
 number splits. The crops are centred on the hippocampus, which is why the mean place is hard to beat. Prints one JSON line each.

@@ -29,7 +29,7 @@ from torch import nn
 from hilum.encode.table.patches import Patches, write_patches
 from hilum.probe.attention_heads import QFormerHead
 from hilum.probe.lanes import fit_lanes
-from hilum.probe.objectives import Objective
+from hilum.probe.task_loss import TaskLoss
 from hilum.probe.tokens import TokenFile, TokenSequence
 
 SEEDS, RATES = 3, (1e-4, 3e-4, 1e-3)
@@ -54,11 +54,11 @@ def train(X: TokenSequence, seeds: int, rates: tuple[float, ...], first: int = 0
     head = QFormerHead(seed=first, seeds=seeds, learning_rates=rates, epochs=1, batch_size=8)
     network = head._network(X.width, 2)
     settings = head._settings(X, X.width)
-    target = Objective("classification", y, np.arange(2), 0.0, 1.0)
+    target = TaskLoss("classification", y, np.arange(2), 0.0, 1.0)
     loss, score = target.loss, target.score
     if len(rates) > 1:
         # `stop` takes one learning rate; a validation of one case chooses among several.
-        one = Objective("classification", y[:1], np.arange(2), 0.0, 1.0)
+        one = TaskLoss("classification", y[:1], np.arange(2), 0.0, 1.0)
         lanes = settings.lanes_at_once
         fit_lanes(network, head._data(X, lanes), head._data(X[:1], lanes), settings, loss=loss, score=one.score)
     else:

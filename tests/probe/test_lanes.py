@@ -9,7 +9,7 @@ from torch import nn
 
 from hilum.errors import TrainingDiverged, UsageError
 from hilum.probe.lanes import Data, Draws, LaneSettings, ModuleNetwork, fit_lanes, run_lanes
-from hilum.probe.objectives import Objective, cox_loss
+from hilum.probe.task_loss import TaskLoss, cox_loss
 from hilum.probe.tokens import plan_batches
 
 RNG = np.random.default_rng(1)
@@ -35,7 +35,7 @@ def data(x, most=1000):
 
 
 def objective(y=Y):
-    return Objective("classification", y, np.arange(3), 0.0, 1.0)
+    return TaskLoss("classification", y, np.arange(3), 0.0, 1.0)
 
 
 def settings(**changes):
@@ -99,7 +99,7 @@ def test_pieces_and_groups_of_lanes_change_nothing():
 
 def test_a_loss_that_couples_cases_is_the_same_in_pieces():
     y = np.stack([RNG.exponential(size=30), RNG.integers(0, 2, 30)], 1)
-    own = Objective("survival", y, None, 0.0, 1.0)
+    own = TaskLoss("survival", y, None, 0.0, 1.0)
     found = [
         fit_lanes(NETWORK, data(X[:30], most), None, settings(), loss=own.loss, score=own.score, couples_cases=True)
         for most in (1000, 3)

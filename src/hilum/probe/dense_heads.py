@@ -1,7 +1,8 @@
 """Segmentation from patch tokens: a light convolutional decoder, its class map put onto the scan's own grid.
 
-Tokens of a 3D encoder are decoded in 3D, those of slices slice by slice (kernels and upsampling within the plane). Cases differ in
-their grids, so each is decoded by itself. Axes in names: M lanes, C classes with the background first, K J I of a grid.
+Tokens of a 3D encoder are decoded in 3D, those of slices slice by slice (kernels and upsampling within the plane). Cases
+differ in their grids, so each is decoded by itself.
+Axes in names: M lanes, C classes with the background first, K J I of a grid.
 """
 
 import math
@@ -29,8 +30,8 @@ COUNTS = 4  # of each class: predicted voxels, shared voxels, 95 % Hausdorff dis
 
 
 class Decoder(nn.Module):
-    """1×1×1 convolution to `width`; blocks of twice (convolution, GroupNorm, ReLU), each followed by a step of resizing towards the
-    output grid; 1×1×1 convolution to the classes. The last block has no norm. VoxelFM's: width 64, three blocks, 112³.
+    """1×1×1 convolution to `width`; blocks of twice (convolution, GroupNorm, ReLU), each followed by a step of resizing towards
+    the output grid; 1×1×1 convolution to the classes. The last block has no norm. VoxelFM's: width 64, three blocks, 112³.
 
     kernel  (3, 3, 3), or (1, 3, 3) for slices
     linear  add a linear map of each token to the classes, resized; the convolutions then begin at 0 and refine it
@@ -68,7 +69,7 @@ class Decoder(nn.Module):
 
 
 def finer_affine(affine: FloatArray, grid: Grid, finer: Grid) -> FloatArray:
-    """Index → LPS mm of a grid that divides the same field into other cells, from that of `grid`: cell borders coincide at the ends."""
+    """Index → LPS mm of a grid that divides the same field into other cells, from that of `grid`; outer borders coincide."""
     step = np.array(grid) / np.array(finer)
     to_coarse = np.eye(4)
     to_coarse[:3, :3] = np.diag(step)
@@ -93,7 +94,10 @@ def truth_on_grid(truth: Volume, affine: FloatArray, grid: Grid) -> NDArray[np.i
 
 
 def on_scan(logits_MCKJI: Tensor, affine: FloatArray, scan: Volume) -> Iterator[tuple[slice, Tensor]]:
-    """Logits at the voxels of a scan, some planes at a time: (planes, (M, C, z, Y, X)). Linear, beyond the grid as at its edge."""
+    """Logits at the voxels of a scan, some planes at a time: (planes, (M, C, z, Y, X)).
+
+    Linear between cells, beyond the grid as at its edge.
+    """
     lanes, classes, *grid = logits_MCKJI.shape
     to_grid = np.linalg.solve(affine, scan._affine("a scan to segment"))
     planes = max(1, SLAB // (lanes * classes * scan.shape[1] * scan.shape[2]))

@@ -13,7 +13,7 @@ from torch import Tensor
 from hilum.errors import ContractError, UsageError
 from hilum.probe.head import Array, Head, Task, Validation, check_targets, check_task, hold_out
 from hilum.probe.lanes import Data, LaneSettings, Network, fit_lanes, run_lanes
-from hilum.probe.objectives import Objective, finish
+from hilum.probe.task_loss import TaskLoss, finish
 from hilum.probe.tokens import TokenBatch, TokenSequence, plan_batches
 
 
@@ -63,7 +63,7 @@ class TokenHead(Head):
         return check_targets(y, self.task, num_cases)
 
     def _objective(self, y: Array, classes: Array | None, centre: float, spread: float) -> Any:
-        return Objective(self.task, y, classes, centre, spread)
+        return TaskLoss(self.task, y, classes, centre, spread)
 
     def fit(self, X: TokenSequence, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:
         check_task(self)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from hilum.probe.head import Array, Task, class_numbers
 
 
-class Objective:
+class TaskLoss:
     """Loss and score of one task over N cases.
 
     task     classification: cross-entropy · multilabel: binary cross-entropy, mean over labels, unknown ones count 0 ·
