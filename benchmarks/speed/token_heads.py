@@ -1,9 +1,11 @@
 """Attention heads over volumes of 25,000 tokens: cases a second, peak memory, and what lanes and folding save.
 
-    python benchmarks/speed/token_heads.py [--tokens 25000] [--width 768] [--volumes 8 32] >> RESULTS
+    python benchmarks/speed/token_heads.py [--tokens 25000] [--width 768] [--volumes 16 64] >> RESULTS
 
 Each measurement is a process of its own, so that its peak memory is its own. It trains VoxelFM's one-query probe (hidden 1024),
 3 seeds × 3 learning rates, for one epoch without validation, from `.b2nd` files.
+
+Memory is compared from 16 volumes on: two batches, so that activations and the optimiser's state are there together.
 
     streamed     as the head does it: read from disk, all lanes over one reading
     in memory    the same, the volumes read beforehand and held
@@ -111,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=25_000)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--volumes", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--volumes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--plain-volumes", type=int, default=1)
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
