@@ -9,7 +9,8 @@ from torch import nn
 
 from hilum.errors import TrainingDiverged, UsageError
 from hilum.probe.lanes import Data, Draws, LaneSettings, ModuleNetwork, fit_lanes, run_lanes
-from hilum.probe.task_loss import TaskLoss, cox_loss
+from hilum.probe.losses import cox_loss
+from hilum.probe.task_loss import TaskLoss
 from hilum.probe.tokens import plan_batches
 
 RNG = np.random.default_rng(1)

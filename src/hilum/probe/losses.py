@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hilum.metrics import c_index
 from hilum.probe.head import Array, Task, class_numbers
 from hilum.probe.sampling import balance
-from hilum.probe.survival import harrell_c
 
 
 class Loss(Protocol):
@@ -59,12 +59,19 @@ class CoxLoss:
 
     def value(self, risk_sRB: Tensor, rows_sB: Tensor) -> Tensor:
         """(s, R)."""
-        time, order = self.time[rows_sB].sort(1, descending=True)
-        event = self.event[rows_sB].gather(1, order).unsqueeze(1)
-        last = torch.searchsorted(-time, -time, right=True) - 1  # of those still at risk, as the times are sorted
-        risk = risk_sRB.gather(2, order.unsqueeze(1).expand_as(risk_sRB))
-        at_risk = risk.logcumsumexp(2).gather(2, last.unsqueeze(1).expand_as(risk))
-        return (event * (at_risk - risk)).sum(2) / event.sum(2).clamp(min=1)
+        return cox_loss(risk_sRB, self.time[rows_sB].unsqueeze(1), self.event[rows_sB].unsqueeze(1))
+
+
+def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Negative log partial likelihood per event, tied times after Breslow; 0 without events. (…, B) each → (…).
+
+    -1/E Σ over events i of (risk_i - log Σ over j with time_j ≥ time_i of exp risk_j)  (Cox 1972, Breslow 1974)
+    """
+    time, order = time.sort(-1, descending=True)
+    last = torch.searchsorted(-time, -time, right=True) - 1  # tied cases share one risk set
+    event, risk = event.gather(-1, order), risk.gather(-1, order.expand_as(risk))
+    at_risk = risk.logcumsumexp(-1).gather(-1, last.expand_as(risk))
+    return (event * (at_risk - risk)).sum(-1) / event.sum(-1).clamp(min=1)
 
 
 def activate(activation: str, outputs: Tensor) -> Tensor:
@@ -136,7 +143,10 @@ def choice_loss(task: Task, outputs: Tensor, y: Any, classes: Array | None) -> f
         numbers = torch.from_numpy(class_numbers(y, classes))
         found = float(functional.cross_entropy(outputs, numbers, ignore_index=-1))
     elif task == "survival":
-        found = 1 - harrell_c(np.asarray(y, dtype=np.float64), outputs[:, 0].double().numpy())
+        try:
+            found = 1 - c_index(y, outputs[:, 0].double().numpy())
+        except ValueError:  # no pair can be ordered, or a risk is not finite
+            return float("inf")
     else:
         truth = torch.from_numpy(np.asarray(y, dtype=np.float32)).reshape(len(outputs), -1)
         known = ~truth.isnan()

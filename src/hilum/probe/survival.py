@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from hilum.errors import UsageError
+from hilum.metrics import c_index
 from hilum.probe.head import Array, Head, Task, Validation, check_targets, check_task, check_vectors, hold_out
 
 PENALTIES = tuple(10.0**e for e in range(4, -4, -1))  # strong to weak
@@ -130,20 +131,6 @@ def _halve_until_better(
     return beta, 0.0
 
 
-def harrell_c(y: Array, risk: Array) -> float:
-    """Harrell's C: of the pairs in which one surely died first, the share in which that one had the higher risk; ties of
-    risk count half. A pair counts when the earlier time is an event and the times differ, or are equal with one event only.
-    NaN without such a pair.
-    """
-    time, event = y[:, 0], y[:, 1] > 0
-    concordant = pairs = 0.0
-    for i in np.flatnonzero(event):
-        later = (time > time[i]) | ((time == time[i]) & ~event)
-        pairs += np.count_nonzero(later)
-        concordant += np.count_nonzero(risk[later] < risk[i]) + 0.5 * np.count_nonzero(risk[later] == risk[i])
-    return concordant / pairs if pairs else float("nan")
-
-
 class CoxHead(Head):
     """Cox proportional hazards with a ridge penalty on standardised features. S = 1: its maximum is unique.
 
@@ -194,9 +181,12 @@ class CoxHead(Head):
 
     def _choose(self, X: Array, y: Array, X_val: Array, y_val: Array) -> None:
         path = self._path(X, y, self.penalties)
-        found = np.array([harrell_c(y_val, X_val @ weights[:, 0]) for weights in path])
+        try:
+            found = np.array([c_index(y_val, X_val @ weights[:, 0]) for weights in path])
+        except ValueError:  # no pair can be ordered
+            return
         self.validation_c_ = found
-        if np.isfinite(found).all():
+        if len(found):
             strong_first = np.argsort([-p for p in self.penalties[: len(path)]], kind="stable")
             self.penalty_ = self.penalties[strong_first[int(found[strong_first].argmax())]]
 

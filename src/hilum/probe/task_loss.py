@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hilum.probe.head import Array, Task, class_numbers
+from hilum.probe.losses import cox_loss
 
 
 class TaskLoss:
@@ -62,16 +63,3 @@ def finish(task: Task, outputs: Tensor) -> NDArray[np.float32]:
         outputs = outputs.sigmoid()
     array: NDArray[np.float32] = outputs.cpu().numpy()
     return array
-
-
-def cox_loss(risk_MB: Tensor, time_B: Tensor, event_B: Tensor) -> Tensor:
-    """(M,) negative log partial likelihood of each lane per event, tied times after Breslow; 0 without events.
-
-    -1/E Σ over events i of (risk_i - log Σ over j with time_j ≥ time_i of exp risk_j)  (Cox 1972, Breslow 1974)
-    """
-    order = torch.argsort(time_B, descending=True, stable=True)
-    later = -time_B[order]
-    last = torch.searchsorted(later, later, right=True) - 1  # tied cases share one risk set
-    sums = torch.logcumsumexp(risk_MB[:, order], 1)[:, last]
-    happened = event_B[order]
-    return ((sums - risk_MB[:, order]) * happened).sum(1) / happened.sum().clamp(min=1)
