@@ -161,5 +161,5 @@ def test_memory_is_flat_in_the_number_of_volumes(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert total == 0
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1] < 2 * peaks[0]  # which batches overlap is chance; 32 held at once would be eightfold
     assert peaks[1] < 6 * tokens.nbytes
