@@ -1,0 +1,209 @@
+"""The scans of the phantom benchmark: small bodies and heads of which every label is known, written once to DATA/phantom.
+
+body/P0000/ct.nii.gz, mr.nii.gz   a torso, 10.8 mm × 4 mm × 4 mm; organs.nii.gz, with the lesion; solid.nii.gz: SOLID
+head/H0000/ct.nii.gz              a slab of a head, bleeding or not
+*/labels.json                     what is true of it
+phantom.json                      the settings, written last: the folder is whole
+
+Findings are more frequent than in the archive's phantom, so that a test set of some dozen patients holds enough of each.
+Everything differs between patients and nothing between splits: scanner, kernel, noise, calibration, contrast medium.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from hilum.archive.files import nifti
+from hilum.archive.phantom import ORGAN, Anatomy, Patient, make_anatomy, sample_patient, scan_ct, scan_mr, survival
+from hilum.archive.phantom.body import TISSUE
+from hilum.archive.phantom.head import make_head
+from hilum.archive.workers import Crashed, run
+from hilum.errors import InputError
+from hilum.records import read_json, write_atomic, write_json
+from hilum.terminal import Progress
+from hilum.volume import FloatArray
+
+# Class numbers of the segmentation task, from 1: organs that belong together count as one.
+SOLID = {
+    "lungs": ("lung_right", "lung_left"), "liver": ("liver",), "spleen": ("spleen",),
+    "kidneys": ("kidney_right", "kidney_left"), "aorta": ("aorta",), "spine": ("spine",),
+}  # fmt: skip
+FAT_HU = (0.0, -14.0, -28.0)  # mean change of the liver's attenuation by grade of steatosis
+FAT_SPREAD_HU = 7.0  # between patients of one grade: grades overlap
+HEAD_MM = 3.0
+SLAB = 6  # slices of a head that are kept
+CALCIFIED_ML = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomSettings:
+    """What decides the scans: equal settings give equal files.
+
+    num_patients, num_heads   of bodies (one CT and one MR each) and of heads
+    num_slices, matrix        of a body
+    noise_hu                  added to every CT beside its scanner's own
+    offset_hu, gain           spread of the CT's calibration between patients: HU · (1 + gain·n) + offset·n
+    """
+
+    num_patients: int = 160
+    num_heads: int = 120
+    num_slices: int = 40
+    matrix: int = 96
+    noise_hu: float = 22.0
+    offset_hu: float = 8.0
+    gain: float = 0.04
+    seed: int = 0
+
+
+def write_phantom_scans(
+    out: Path, settings: PhantomSettings | None = None, *, num_workers: int = 1, progress: Progress | None = None
+) -> None:
+    """Write what is not there yet; run it again after any interruption. InputError when `out` was made by other settings."""
+    settings = settings or PhantomSettings()
+    record = {"format": "hilum-bench-phantom", "version": 1, **asdict(settings)}
+    begun = out / "settings.json"
+    if begun.exists() and read_json(begun) != record:
+        raise InputError(
+            f"{out} was made with other settings ({begun.name} has them); choose another folder, or empty it"
+        )
+    if (out / "phantom.json").exists():
+        return
+    write_json(begun, record)
+    jobs: list[tuple[str, int]] = [("body", n) for n in range(settings.num_patients)]
+    jobs += [("head", n) for n in range(settings.num_heads)]
+    for done, (job, result) in enumerate(run(partial(_write_one, out, settings), jobs, num_workers), 1):
+        if isinstance(result, Crashed):
+            raise InputError(f"the process that wrote phantom {job[0]} {job[1]} died; run the same command again")
+        if progress:
+            progress(done, len(jobs), "phantom scans")
+    write_json(out / "phantom.json", record)
+
+
+def _write_one(out: Path, settings: PhantomSettings, job: tuple[str, int]) -> None:
+    part, number = job
+    folder = out / part / f"{part[0].upper()}{number:04d}"
+    if not (folder / "labels.json").exists():  # written last
+        write: Callable[[Path, PhantomSettings, int], dict[str, Any]] = _write_body if part == "body" else _write_head
+        write_json(folder / "labels.json", write(folder, settings, number))
+
+
+def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[str, Any]:
+    rng = np.random.default_rng([settings.seed, number, 1])
+    patient = _frequent(sample_patient(number, settings.seed), rng)
+    anatomy = make_anatomy(patient, settings.num_slices, settings.matrix)
+    grade = int(rng.integers(len(FAT_HU)))
+    fat = FAT_HU[grade] + FAT_SPREAD_HU * float(rng.standard_normal())
+    ct = scan_ct(anatomy).voxels.astype(np.float32)
+    ct[anatomy.organ == ORGAN["liver"]] += np.float32(fat)
+    jittered = _jitter(ct, settings, rng)
+    solid = np.zeros(anatomy.organ.shape, np.uint8)
+    for label, organs in enumerate(SOLID.values(), 1):
+        solid[np.isin(anatomy.organ, [ORGAN[o] for o in organs])] = label
+    affine = anatomy.affine
+    for name, voxels in (
+        ("ct", jittered),
+        ("mr", scan_mr(anatomy).voxels),
+        ("organs", anatomy.organ),
+        ("solid", solid),
+    ):
+        _write(folder / f"{name}.nii.gz", voxels, affine)
+    days, event, hazard = survival(patient, anatomy.organ_volumes_ml()["lesion"])
+    return {
+        "age": round(patient.age_years, 1),
+        "malignant": int(patient.malignant),
+        "survival": [round(days, 1), int(event)],
+        "hazard_per_year": round(hazard, 5),
+        "fat_grade": grade,
+        "findings": _findings(anatomy),
+        "lesion": _largest_lesion(anatomy),
+        "areas": {name: _areas(anatomy.organ == label) for name, label in ORGAN.items() if label},
+    }
+
+
+def _frequent(patient: Patient, rng: np.random.Generator) -> Patient:
+    """The same patient with variants of anatomy as frequent as the tasks need them."""
+    return replace(
+        patient,
+        has_gallbladder=bool(rng.random() > 0.4),
+        kidneys=str(rng.choice(["two", "right", "left", "horseshoe"], p=[0.4, 0.2, 0.2, 0.2])),
+    )
+
+
+def _findings(anatomy: Anatomy) -> dict[str, int]:
+    patient = anatomy.patient
+    voxel_ml = abs(float(np.linalg.det(anatomy.affine[:3, :3]))) / 1000
+    plaque = (anatomy.organ == ORGAN["aorta"]) & (anatomy.tissue == TISSUE["cortical_bone"])
+    return {
+        "no gallbladder": int(not patient.has_gallbladder),
+        "single kidney": int(patient.kidneys in ("right", "left")),
+        "horseshoe kidney": int(patient.kidneys == "horseshoe"),
+        "calcified aorta": int(np.count_nonzero(plaque) * voxel_ml > CALCIFIED_ML),
+        "contrast medium": int(patient.enhanced),
+        "obesity": int(patient.girth > 1.2),
+    }
+
+
+def _largest_lesion(anatomy: Anatomy) -> list[float]:
+    """(k, j, i) of the centre of the largest lesion; [] when later organs cover it."""
+    labels, count = ndimage.label(anatomy.organ == ORGAN["lesion"])
+    if not count:
+        return []
+    largest = int(np.bincount(labels.ravel())[1:].argmax()) + 1
+    return [round(float(c), 3) for c in ndimage.center_of_mass(labels == largest)]
+
+
+def _areas(inside: NDArray[np.bool_]) -> dict[str, int]:
+    """Pixels of a structure in each slice that has some."""
+    areas = inside.sum((1, 2))
+    return {str(z): int(areas[z]) for z in np.flatnonzero(areas)}
+
+
+def _write_head(folder: Path, settings: PhantomSettings, number: int) -> dict[str, Any]:
+    """A slab around a slice of the brain; half of the heads bleed, and every head has a calcification that is none."""
+    rng = np.random.default_rng([settings.seed, number, 2])
+    ct, _, _, brain = make_head(int(rng.integers(2**31)), HEAD_MM)
+    image, inside = ct.voxels.astype(np.float32), brain.voxels > 0
+    areas = inside.sum((1, 2))
+    centre = int(rng.choice(np.flatnonzero(areas > 0.4 * areas.max())))
+    bleeds = bool(number % 2)
+    if bleeds:
+        blood = _blob(inside, centre, float(rng.uniform(6, 15)), rng)
+        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(10, 34))
+    calcified = _blob(inside, centre, float(rng.uniform(3, 5)), rng)
+    image[calcified] += np.float32(rng.uniform(20, 60))
+    image += 8 * ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 2) * 8  # uneven tissue
+    jittered = _jitter(image, replace(settings, noise_hu=settings.noise_hu / 2), rng)
+    first = min(max(centre - SLAB // 2, 0), len(image) - SLAB)
+    assert ct.affine is not None
+    affine = ct.affine.copy()
+    affine[:3, 3] += affine[:3, 0] * first
+    _write(folder / "ct.nii.gz", jittered[first : first + SLAB], affine)
+    return {"haemorrhage": int(bleeds), "slice": centre - first}
+
+
+def _blob(inside: NDArray[np.bool_], z: int, size_mm: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """An ellipsoid within `inside` around a voxel of slice z."""
+    at = np.argwhere(inside[z])
+    j, i = at[rng.integers(len(at))]
+    semi = size_mm * rng.uniform(0.7, 1.4, 3) / HEAD_MM
+    k = np.ogrid[tuple(slice(0, n) for n in inside.shape)]
+    blob: NDArray[np.bool_] = sum(((axis - c) / s) ** 2 for axis, c, s in zip(k, (z, j, i), semi)) < 1
+    return blob & inside
+
+
+def _jitter(image: NDArray[np.float32], settings: PhantomSettings, rng: np.random.Generator) -> NDArray[np.int16]:
+    gain, offset = rng.standard_normal(2) * (settings.gain, settings.offset_hu)
+    noise = rng.standard_normal(image.shape, np.float32) * np.float32(settings.noise_hu)
+    jittered = image * np.float32(1 + gain) + np.float32(offset) + noise
+    return np.clip(np.rint(jittered), -1024, 3071).astype(np.int16)
+
+
+def _write(path: Path, voxels: NDArray[Any], affine: FloatArray) -> None:
+    with write_atomic(path) as temporary:
+        nifti.write(temporary, voxels.astype(np.int16), affine, 1.0, 0.0, packed=True)
