@@ -259,7 +259,8 @@ def check_unit(task: Task, encoder: Encoder) -> None:
     """UsageError when an encoder has no features of the unit of a task."""
     if task.unit == "slice" and not isinstance(encoder.contract, Contract):
         raise UsageError(
-            f"{encoder.name} encodes volumes, and {task.id} asks about single slices; choose the 3D track, or an encoder of slices"
+            f"{encoder.name} encodes volumes, and {task.id} asks about single slices; choose the 3D track, or an encoder of "
+            "slices"
         )
     have = set(encoder.contract.modalities)
     wanted = {name.strip() for name in task.modality.split(",")}
