@@ -23,13 +23,13 @@ PHANTOM = Dataset(
     title="Synthetic bodies and heads of hilum",
     url="https://hilum.invalid/none: written by hilum bench run --suite phantom",
     licence="Apache-2.0",
-    layout="phantom.json\nbody/P0000/{ct,mr,organs,solid}.nii.gz, labels.json\nhead/H0000/ct.nii.gz, labels.json",
+    layout="phantom.json\nbody/B0000/{ct,mr,organs,solid}.nii.gz, {liver,spine}{,-organs}.nii.gz, labels.json\n"
+    "head/H0000/ct.nii.gz, labels.json",
 )
 
 ORGAN_CLASSES = tuple(name for name in ORGANS[1:] if name != "lesion")
 FINDINGS = ("no gallbladder", "single kidney", "horseshoe kidney", "calcified aorta", "contrast medium", "obesity")
 REGIONS_A_PATIENT = 6
-SLICES_A_LESION = 2
 SHARE_TRAIN, SHARE_VAL = 0.50, 0.15
 _SPLIT_RULE = "by number of the patient: 50 % train, 15 % val, 35 % test"
 
@@ -54,23 +54,26 @@ PHANTOM_TASKS: tuple[Task, ...] = (
         "organ-ct-to-mr", "Organ of a region, learnt on CT and asked on MR", "classification", "region", "balanced_accuracy",
         _ORGAN_RULE + "; train and val cases are CT, test cases MR of other patients", modality="CT, MR", **_ORGANS,
     ),
-    _task("age", "Age from a slice", "regression", "slice", "r2", "years; the slice where the liver is largest", chance=0.0),
+    _task(
+        "age", "Age from a slice", "regression", "slice", "r2",
+        "years; a slice of the spine at 2 mm: bone and muscle fade, aortas widen", chance=0.0,
+    ),
     _task(
         "malignancy", "Malignancy of a liver lesion", "classification", "region", "auroc",
-        "painted: malignant lesions are lobulated and uneven; up to two slices of the lesions of a patient",
+        "painted: malignant lesions are lobulated and uneven; a slice at 2 mm",
         classes=("benign", "malignant"), chance=0.5,
     ),
     _task(
         "steatosis", "Fat in the liver, three grades", "classification", "region", "auroc",
-        "the liver is darker by 0, 14 or 28 HU ± 7; the slice where it is largest",
+        "the liver is darker by 0, 22 or 44 HU ± 10; a slice at 2 mm",
         classes=("none", "moderate", "severe"), chance=0.5,
     ),
     _task(
         "haemorrhage", "Bleeding in a slice of a head", "classification", "slice", "auroc",
-        "painted in every second head, 10 to 34 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
+        "painted in every second head, 25 to 60 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
     ),
     _task(
-        "findings", "Findings of a body", "multilabel", "volume", "auroc", "of the painted anatomy",
+        "findings", "Findings of a body", "multilabel", "volume", "macro_auroc", "of the painted anatomy",
         classes=FINDINGS, chance=0.5,
     ),
     _task(
@@ -78,7 +81,7 @@ PHANTOM_TASKS: tuple[Task, ...] = (
         "days until death or censoring; hazard 0.12 · exp(1.3·malignant + 0.5·ln(ml/10) + 0.03·(age − 60)) a year", chance=0.5,
     ),
     _task("retrieval", "Bodies with the same finding", "retrieval", "volume", "recall_at_5", "as findings", classes=FINDINGS),
-    _task("lesion-centre", "Centre of the largest liver lesion", "localisation", "volume", "mean_error_mm", "of its voxels"),
+    _task("lesion-centre", "Centre of the largest liver lesion", "localisation", "volume", "distance_mm", "of its voxels"),
     _task(
         "solid-organs", "Segmentation of six organs", "segmentation", "volume", "dice", "as painted",
         classes=tuple(SOLID), chance=0.0,
@@ -143,24 +146,28 @@ def _organs(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> I
         )
 
 
-def _largest(areas: dict[str, int]) -> int:
-    return int(max(areas, key=lambda z: areas[z]))
+def _window(folder: Path, split: Split, target: float, part: str, organ: str = "") -> Case:
+    """The middle of the three slices at 2 mm."""
+    region = Region(source=Source(path=folder / f"{part}-organs.nii.gz"), values=(ORGAN[organ],)) if organ else None
+    scan = Source(path=folder / f"{part}.nii.gz")
+    return Case(
+        id=f"{folder.name}/{part}", patient=folder.name, scan=scan, modality="CT", target=(target,), slices=(1,),
+        region=region, split=split,
+    )  # fmt: skip
 
 
 def _age(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    yield _case(folder, split, (labels["age"],), slices=(_largest(labels["areas"]["liver"]),))
+    yield _window(folder, split, labels["age"], "spine")
 
 
 def _malignancy(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    areas = labels["areas"]["lesion"]
-    for z in sorted(areas, key=lambda z: -areas[z])[:SLICES_A_LESION]:
-        target, region = (float(labels["malignant"]),), _region(folder, "lesion")
-        yield _case(folder, split, target, suffix=z, slices=(int(z),), region=region)
+    if labels["lesion"]:
+        yield _window(folder, split, float(labels["malignant"]), "liver", "lesion")
 
 
 def _steatosis(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    z = _largest(labels["areas"]["liver"])
-    yield _case(folder, split, (float(labels["fat_grade"]),), slices=(z,), region=_region(folder, "liver"))
+    if labels["lesion"]:
+        yield _window(folder, split, float(labels["fat_grade"]), "liver", "liver")
 
 
 def _haemorrhage(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
@@ -168,6 +175,7 @@ def _haemorrhage(task: Task, folder: Path, labels: dict[str, Any], split: Split)
 
 
 def _findings(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
+    split = "test" if task.kind == "retrieval" else split  # nothing is learnt
     yield _case(folder, split, tuple(float(labels["findings"][name]) for name in FINDINGS))
 
 
@@ -184,7 +192,7 @@ def _lesion_centre(task: Task, folder: Path, labels: dict[str, Any], split: Spli
 
 
 def _solid_organs(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    region = Region(source=Source(path=folder / "solid.nii.gz"), values=tuple(range(1, len(SOLID) + 1)))
+    region = Region(source=Source(path=folder / "solid.nii.gz"))
     yield _case(folder, split, (), region=region)
 
 

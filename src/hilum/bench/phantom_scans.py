@@ -1,6 +1,8 @@
 """The scans of the phantom benchmark: small bodies and heads of which every label is known, written once to DATA/phantom.
 
-body/P0000/ct.nii.gz, mr.nii.gz   a torso, 10.8 mm × 4 mm × 4 mm; organs.nii.gz, with the lesion; solid.nii.gz: SOLID
+body/B0000/ct.nii.gz, mr.nii.gz   a torso, 13.5 mm × 4 mm × 4 mm; organs.nii.gz, with the lesion; solid.nii.gz: SOLID
+body/B0000/liver.nii.gz           three slices of the CT at 2 mm around the largest lesion; liver-organs.nii.gz
+body/B0000/spine.nii.gz           the same around the spine
 head/H0000/ct.nii.gz              a slab of a head, bleeding or not
 */labels.json                     what is true of it
 phantom.json                      the settings, written last: the folder is whole
@@ -34,9 +36,10 @@ SOLID = {
     "lungs": ("lung_right", "lung_left"), "liver": ("liver",), "spleen": ("spleen",),
     "kidneys": ("kidney_right", "kidney_left"), "aorta": ("aorta",), "spine": ("spine",),
 }  # fmt: skip
-FAT_HU = (0.0, -14.0, -28.0)  # mean change of the liver's attenuation by grade of steatosis
-FAT_SPREAD_HU = 7.0  # between patients of one grade: grades overlap
-HEAD_MM = 3.0
+FAT_HU = (0.0, -22.0, -44.0)  # mean change of the liver's attenuation by grade of steatosis
+FAT_SPREAD_HU = 10.0  # between patients of one grade: grades overlap
+HEAD_MM = 4.0
+MAX_SHIFT = 14  # pixels by which a body lies off the middle
 SLAB = 6  # slices of a head that are kept
 CALCIFIED_ML = 0.3
 
@@ -46,16 +49,16 @@ class PhantomSettings:
     """What decides the scans: equal settings give equal files.
 
     num_patients, num_heads   of bodies (one CT and one MR each) and of heads
-    num_slices, matrix        of a body
+    num_slices, matrix        of a body; it is painted at twice the matrix
     noise_hu                  added to every CT beside its scanner's own
     offset_hu, gain           spread of the CT's calibration between patients: HU · (1 + gain·n) + offset·n
     """
 
-    num_patients: int = 160
-    num_heads: int = 120
-    num_slices: int = 40
+    num_patients: int = 240
+    num_heads: int = 240
+    num_slices: int = 32
     matrix: int = 96
-    noise_hu: float = 22.0
+    noise_hu: float = 12.0
     offset_hu: float = 8.0
     gain: float = 0.04
     seed: int = 0
@@ -96,23 +99,32 @@ def _write_one(out: Path, settings: PhantomSettings, job: tuple[str, int]) -> No
 def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[str, Any]:
     rng = np.random.default_rng([settings.seed, number, 1])
     patient = _frequent(sample_patient(number, settings.seed), rng)
-    anatomy = make_anatomy(patient, settings.num_slices, settings.matrix)
+    anatomy = make_anatomy(patient, settings.num_slices, 2 * settings.matrix)
     grade = int(rng.integers(len(FAT_HU)))
     fat = FAT_HU[grade] + FAT_SPREAD_HU * float(rng.standard_normal())
     ct = scan_ct(anatomy).voxels.astype(np.float32)
     ct[anatomy.organ == ORGAN["liver"]] += np.float32(fat)
-    jittered = _jitter(ct, settings, rng)
-    solid = np.zeros(anatomy.organ.shape, np.uint8)
+    fine = _jitter(ct, settings, rng)
+    lesion = _largest_lesion(anatomy)
+    spine = ndimage.center_of_mass(anatomy.organ == ORGAN["spine"])
+    for name, centre in (("liver", lesion or None), ("spine", spine)):
+        if centre is not None:
+            box, affine = _window(anatomy, centre, settings.matrix)
+            _write(folder / f"{name}.nii.gz", fine[box], affine)
+            _write(folder / f"{name}-organs.nii.gz", anatomy.organ[box], affine)
+    shift = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2)
+    affine = anatomy.affine.copy()
+    affine[:3, 1:3] *= 2
+    affine[:3, 3] += anatomy.affine[:3, 1:3].sum(1) / 2 - affine[:3, 1:3] @ shift
+    organ = _shift(anatomy.organ[:, ::2, ::2], shift, 0)
+    solid = np.zeros(organ.shape, np.uint8)
     for label, organs in enumerate(SOLID.values(), 1):
-        solid[np.isin(anatomy.organ, [ORGAN[o] for o in organs])] = label
-    affine = anatomy.affine
-    for name, voxels in (
-        ("ct", jittered),
-        ("mr", scan_mr(anatomy).voxels),
-        ("organs", anatomy.organ),
-        ("solid", solid),
-    ):
+        solid[np.isin(organ, [ORGAN[o] for o in organs])] = label
+    mr = scan_mr(anatomy).voxels
+    for name, voxels in (("ct", _shift(_halve(fine), shift, -1000)), ("mr", _shift(_halve(mr), shift, 0))):
         _write(folder / f"{name}.nii.gz", voxels, affine)
+    _write(folder / "organs.nii.gz", organ, affine)
+    _write(folder / "solid.nii.gz", solid, affine)
     days, event, hazard = survival(patient, anatomy.organ_volumes_ml()["lesion"])
     return {
         "age": round(patient.age_years, 1),
@@ -121,9 +133,37 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
         "hazard_per_year": round(hazard, 5),
         "fat_grade": grade,
         "findings": _findings(anatomy),
-        "lesion": _largest_lesion(anatomy),
-        "areas": {name: _areas(anatomy.organ == label) for name, label in ORGAN.items() if label},
+        "lesion": [lesion[0], *[(lesion[n + 1] - 0.5) / 2 + float(shift[n]) for n in (0, 1)]] if lesion else [],
+        "areas": {name: _areas(organ == label) for name, label in ORGAN.items() if label},
     }
+
+
+def _halve(voxels: NDArray[Any]) -> NDArray[np.float32]:
+    """Means of 2 × 2 pixels."""
+    z, y, x = voxels.shape
+    means: NDArray[np.float32] = voxels.reshape(z, y // 2, 2, x // 2, 2).mean((2, 4), dtype=np.float32)
+    return means
+
+
+def _shift(voxels: NDArray[Any], shift: NDArray[Any], fill: int) -> NDArray[Any]:
+    """The body off the middle by (rows, columns)."""
+    moved = np.full_like(voxels, fill)
+    (to_y, from_y), (to_x, from_x) = (
+        (slice(max(s, 0), n + min(s, 0)), slice(max(-s, 0), n - max(s, 0)))
+        for s, n in zip(shift.tolist(), voxels.shape[1:])
+    )
+    moved[:, to_y, to_x] = voxels[:, from_y, from_x]
+    return moved
+
+
+def _window(anatomy: Anatomy, centre: Any, side: int) -> tuple[Any, FloatArray]:
+    """Three slices of `side` pixels around a point, within the grid, and their affine."""
+    first = [
+        min(max(round(c) - size // 2, 0), n - size) for c, size, n in zip(centre, (3, side, side), anatomy.organ.shape)
+    ]
+    affine = anatomy.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ first
+    return tuple(slice(f, f + size) for f, size in zip(first, (3, side, side))), affine
 
 
 def _frequent(patient: Patient, rng: np.random.Generator) -> Patient:
@@ -173,8 +213,8 @@ def _write_head(folder: Path, settings: PhantomSettings, number: int) -> dict[st
     centre = int(rng.choice(np.flatnonzero(areas > 0.4 * areas.max())))
     bleeds = bool(number % 2)
     if bleeds:
-        blood = _blob(inside, centre, float(rng.uniform(6, 15)), rng)
-        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(10, 34))
+        blood = _blob(inside, centre, float(rng.uniform(9, 20)), rng)
+        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(25, 60))
     calcified = _blob(inside, centre, float(rng.uniform(3, 5)), rng)
     image[calcified] += np.float32(rng.uniform(20, 60))
     image += 8 * ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 2) * 8  # uneven tissue
