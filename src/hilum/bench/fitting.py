@@ -12,9 +12,12 @@ from hilum.bench.features import CaseFeatures
 from hilum.bench.predictions import SCHEMA
 from hilum.bench.protocols import TOKEN_FEATURES, Trial
 from hilum.bench.retrieval import recalls
-from hilum.bench.task import Task
+from hilum.bench.scans import CaseReader
+from hilum.bench.task import Case, Task
+from hilum.probe.dense_heads import SegmentationHead
 from hilum.probe.heads import head_class, make_head
 from hilum.records import hash_json
+from hilum.volume import Volume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +31,30 @@ class Names:
     protocol: str
 
 
+class LabelMaps(Sequence[Volume]):
+    """True label maps on the grids of their scans, read when they are asked for."""
+
+    def __init__(self, cases: Sequence[Case], reader: CaseReader) -> None:
+        self.cases, self._reader = cases, reader
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, number: Any) -> Any:
+        case = self.cases[number]
+        return self._reader.region(case, self._reader.volume(case))
+
+    def take(self, rows: Sequence[int]) -> "LabelMaps":
+        return LabelMaps([self.cases[n] for n in rows], self._reader)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Material:
     """The cases of a task as heads see them, one row each.
 
     cases, patients  keyed hashes
     targets          as in `Case`; of localisation LPS mm
-    truth            of segmentation: label maps on the grid of their scans
+    truth            of segmentation; no maps else
     """
 
     task: Task
@@ -43,7 +63,7 @@ class Material:
     splits: list[str]
     targets: list[tuple[float, ...]]
     features: CaseFeatures
-    truth: list[Any]
+    truth: "LabelMaps"
 
     @property
     def hash(self) -> str:
@@ -91,7 +111,7 @@ def _fit(
     groups = np.array([material.patients[n] for n in trial.train])
     head.fit(X[trial.train], _some(y, trial.train), groups=groups, validation=validation)
     rows = np.concatenate([trial.val, trial.test])
-    outputs = head.outputs(X[rows])
+    outputs = head.outputs(X[rows], _some(y, rows)) if isinstance(head, SegmentationHead) else head.outputs(X[rows])
     if task.kind == "classification":
         outputs = all_classes(outputs, head.classes_, len(task.classes))
     return outputs, rows
@@ -108,7 +128,7 @@ def head_targets(material: Material) -> Any:
 
 
 def _some(y: Any, rows: NDArray[np.intp]) -> Any:
-    return [y[n] for n in rows] if isinstance(y, list) else y[rows]
+    return y.take(rows.tolist()) if isinstance(y, LabelMaps) else y[rows]
 
 
 def all_classes(outputs: NDArray[np.float32], classes: NDArray[Any], number: int) -> NDArray[np.float32]:

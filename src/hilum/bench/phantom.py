@@ -65,12 +65,12 @@ PHANTOM_TASKS: tuple[Task, ...] = (
     ),
     _task(
         "steatosis", "Fat in the liver, three grades", "classification", "region", "auroc",
-        "the liver is darker by 0, 22 or 44 HU ± 10; a slice at 2 mm",
+        "the liver is darker by 0, 35 or 70 HU ± 12; a slice at 2 mm",
         classes=("none", "moderate", "severe"), chance=0.5,
     ),
     _task(
         "haemorrhage", "Bleeding in a slice of a head", "classification", "slice", "auroc",
-        "painted in every second head, 25 to 60 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
+        "painted in every second head, 30 to 75 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
     ),
     _task(
         "findings", "Findings of a body", "multilabel", "volume", "macro_auroc", "of the painted anatomy",

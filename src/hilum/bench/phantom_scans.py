@@ -36,8 +36,8 @@ SOLID = {
     "lungs": ("lung_right", "lung_left"), "liver": ("liver",), "spleen": ("spleen",),
     "kidneys": ("kidney_right", "kidney_left"), "aorta": ("aorta",), "spine": ("spine",),
 }  # fmt: skip
-FAT_HU = (0.0, -22.0, -44.0)  # mean change of the liver's attenuation by grade of steatosis
-FAT_SPREAD_HU = 10.0  # between patients of one grade: grades overlap
+FAT_HU = (0.0, -35.0, -70.0)  # mean change of the liver's attenuation by grade of steatosis
+FAT_SPREAD_HU = 12.0  # between patients of one grade: grades overlap
 HEAD_MM = 4.0
 MAX_SHIFT = 14  # pixels by which a body lies off the middle
 SLAB = 6  # slices of a head that are kept
@@ -58,7 +58,7 @@ class PhantomSettings:
     num_heads: int = 240
     num_slices: int = 32
     matrix: int = 96
-    noise_hu: float = 12.0
+    noise_hu: float = 6.0
     offset_hu: float = 8.0
     gain: float = 0.04
     seed: int = 0
@@ -205,16 +205,16 @@ def _areas(inside: NDArray[np.bool_]) -> dict[str, int]:
 
 
 def _write_head(folder: Path, settings: PhantomSettings, number: int) -> dict[str, Any]:
-    """A slab around a slice of the brain; half of the heads bleed, and every head has a calcification that is none."""
+    """A slab of a brain, cut to its box; half of the heads bleed, and every head has a calcification that is no bleeding."""
     rng = np.random.default_rng([settings.seed, number, 2])
     ct, _, _, brain = make_head(int(rng.integers(2**31)), HEAD_MM)
     image, inside = ct.voxels.astype(np.float32), brain.voxels > 0
     areas = inside.sum((1, 2))
-    centre = int(rng.choice(np.flatnonzero(areas > 0.4 * areas.max())))
+    centre = int(rng.choice(np.flatnonzero(areas > 0.7 * areas.max())))
     bleeds = bool(number % 2)
     if bleeds:
         blood = _blob(inside, centre, float(rng.uniform(9, 20)), rng)
-        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(25, 60))
+        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(30, 75))
     calcified = _blob(inside, centre, float(rng.uniform(3, 5)), rng)
     image[calcified] += np.float32(rng.uniform(20, 60))
     image += 8 * ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 2) * 8  # uneven tissue
@@ -223,7 +223,10 @@ def _write_head(folder: Path, settings: PhantomSettings, number: int) -> dict[st
     assert ct.affine is not None
     affine = ct.affine.copy()
     affine[:3, 3] += affine[:3, 0] * first
-    _write(folder / "ct.nii.gz", jittered[first : first + SLAB], affine)
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in ((0, 2), (0, 1)))
+    box = np.s_[first : first + SLAB, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    affine[:3, 3] += affine[:3, 1] * rows[0] + affine[:3, 2] * columns[0]
+    _write(folder / "ct.nii.gz", jittered[box], affine)
     return {"haemorrhage": int(bleeds), "slice": centre - first}
 
 

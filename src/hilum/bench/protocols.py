@@ -2,8 +2,8 @@
 
     full             all train cases; val cases choose settings
     few-shot:K       K cases a class, several draws; settings are chosen by min(K, 4) val cases a class, so that few means few
-    fraction:F       a share of the train patients, several draws; val as in full
-    curia            all train and val cases as `full`, by the head of Curia's public trainer (`DEFAULT_HEADS`)
+    fraction:F       a share F of the train patients, several draws; val as in full
+    curia            as full, by the head of Curia's public trainer on features of one kind
     tokens           class token, mean of patch tokens, and attention over patch tokens beside one another
 
 Test cases are always all of the task's.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hilum.bench.task import Case, Found, Task
 from hilum.errors import UsageError
+from hilum.probe.sampling import draw_few, draw_share
 
 FEW_SHOT = ("few-shot:1", "few-shot:5", "few-shot:10", "few-shot:20")
 FRACTIONS = ("fraction:0.05", "fraction:0.1", "fraction:0.25", "fraction:0.5")
@@ -83,7 +84,7 @@ def applies(protocol: str, task: Task) -> bool:
 def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
     """(features, head) pairs that a protocol fits on a task; `chosen` heads stand in for the usual ones."""
     if protocol == "curia":
-        return (("class" if task.unit == "slice" else "mean", "curia"),)
+        return (("mean" if task.unit == "region" else "class", "linear-sgd"),)
     if protocol == "tokens":
         usual = DEFAULT_HEADS[task.kind][0][1]
         return (("class", usual), ("mean", usual), (TOKEN_FEATURES, "attention"))
@@ -92,7 +93,7 @@ def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tup
     return DEFAULT_HEADS[task.kind]
 
 
-TOKEN_HEADS = ("attention", "cross-attention", "localisation", "segmentation")
+TOKEN_HEADS = ("attention", "q-former", "localisation", "segmentation")
 
 
 def make_trials(
@@ -108,32 +109,29 @@ def make_trials(
     """The fits of a protocol.
 
     splits    of each case: train, val, test
-    UsageError when a part is empty.
+    UsageError when a part is empty, LabelsError when a class has fewer than K cases.
     """
     part = {name: np.flatnonzero(np.array([s == name for s in splits])) for name in ("train", "val", "test")}
     empty = [name for name in ("train", "test") if not len(part[name])]
     if empty and kind != "retrieval":
         raise UsageError(f"no case is in the part {' and '.join(empty)}; expected some in train and test")
     name, _, number = protocol.partition(":")
+    rest = {"val": part["val"], "test": part["test"]}
+    owners = np.array(patients)[part["train"]]
     if name == "few-shot":
-        labels = np.array([target[0] for target in targets])
-        shots = [(int(number), min(int(number), MAX_VAL_SHOTS))] * draws
-        return [
-            Trial(draw=d, train=_shots(part["train"], labels, k, [seed, d]), val=_shots(part["val"], labels, v, [seed, d, 1]),
-                  test=part["test"])
-            for d, (k, v) in enumerate(shots)
-        ]  # fmt: skip
-    if name == "fraction":
+        labels, k = np.array([target[0] for target in targets]), int(number)
+        few = draw_few(labels[part["train"]], k, groups=owners, num_draws=draws, seed=seed)
         return [
             Trial(
-                draw=d,
-                train=_share(part["train"], patients, float(number), [seed, d]),
-                val=part["val"],
-                test=part["test"],
+                draw=d, train=part["train"][rows], test=part["test"],
+                val=_shots(part["val"], labels, min(k, MAX_VAL_SHOTS), [seed, d]),
             )
-            for d in range(draws)
-        ]
-    return [Trial(draw=0, train=part["train"], val=part["val"], test=part["test"])]
+            for d, (rows, _) in enumerate(few)
+        ]  # fmt: skip
+    if name == "fraction":
+        shares = [draw_share(owners, float(number), seed=seed + d) for d in range(draws)]
+        return [Trial(draw=d, train=part["train"][rows], **rest) for d, rows in enumerate(shares)]
+    return [Trial(draw=0, train=part["train"], **rest)]
 
 
 def _shots(rows: NDArray[np.intp], labels: NDArray[Any], k: int, seed: list[int]) -> NDArray[np.intp]:
@@ -144,14 +142,6 @@ def _shots(rows: NDArray[np.intp], labels: NDArray[Any], k: int, seed: list[int]
         of = rng.permutation(rows[labels[rows] == label])
         chosen.append(of[:k])
     return np.sort(np.concatenate(chosen)) if chosen else rows[:0]
-
-
-def _share(rows: NDArray[np.intp], patients: Sequence[str], share: float, seed: list[int]) -> NDArray[np.intp]:
-    """Rows of a share of the patients, at least two patients."""
-    names = np.array([patients[n] for n in rows])
-    drawn = np.random.default_rng(seed).permutation(np.unique(names))
-    kept = drawn[: max(2, round(share * len(drawn)))]
-    return rows[np.isin(names, kept)]
 
 
 def cross_tasks(train: Task, train_found: Found, test: Task, test_found: Found) -> tuple[Task, Found]:

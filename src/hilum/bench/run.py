@@ -10,8 +10,6 @@ A file of predictions is kept when nothing that it was made from has changed: ca
 protocol, seeds. Another model may be added to the same folder later.
 """
 
-import csv
-import io
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,19 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hilum.archive.privacy import Key, read_key
 from hilum.bench.features import CaseFeatures, FeatureCache, check_unit
-from hilum.bench.fitting import Material, Names, fit_trials
+from hilum.bench.fitting import LabelMaps, Material, Names, fit_trials
 from hilum.bench.predictions import write_predictions
 from hilum.bench.protocols import TOKEN_FEATURES, applies, expand_protocols, heads_of, make_trials
 from hilum.bench.scans import CaseReader
 from hilum.bench.scores import write_scores
+from hilum.bench.splits import hash_case, write_split
 from hilum.bench.suites import read_task
 from hilum.bench.task import Case, Found, Task
 from hilum.encode.encoder import Encoder
 from hilum.encode.zoo import load_encoder
-from hilum.errors import InputError, UsageError
-from hilum.records import hash_json, machine, read_json, read_table, table_metadata, versions, write_json, write_text
+from hilum.errors import HilumError, InputError, UsageError
+from hilum.records import hash_json, machine, read_json, read_table, table_metadata, versions, write_json
 from hilum.settings import differences, to_dict
 from hilum.terminal import Progress, few
 
@@ -119,7 +120,7 @@ class _Bench:
 
     def __init__(self, data: Path, out: Path, settings: BenchSettings, key: Key, progress: Progress | None) -> None:
         self.data, self.out, self.settings, self.key, self.progress = data, out, settings, key, progress
-        self.reader = CaseReader(key)
+        self.reader = CaseReader()
         self.record = _open_record(out, settings, key)
 
     def write_record(self) -> None:
@@ -127,7 +128,8 @@ class _Bench:
 
     def open_task(self, task: Task) -> Found:
         """The cases of a task with their split, written and hashed. InputError when some are missing."""
-        found = read_task(task, self.data, progress=self.progress)
+        cache = self.out / "features" / "labels"
+        found = read_task(task, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
         lost = sum(problem.cases for problem in found.problems)
         if not found.cases:
             said = "; ".join(f"{p.path}: {p.found}, expected {p.expected}" for p in found.problems[:3])
@@ -138,23 +140,15 @@ class _Bench:
                 f"{task.id}: {lost} cases are missing or malformed ({said}). See all: hilum bench check {task.id}; "
                 "or go on without them: --allow-missing"
             )
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["case", "patient", "split"])
-        for case in found.cases:
-            writer.writerow([self.hash_case(task, case), self.key.hash("patient", case.patient), case.split])
-        write_text(self.out / "splits" / f"{_slug(task.id)}.csv", text.getvalue())
+        split_hash = write_split(self.out / "splits" / f"{_slug(task.id)}.csv", task, found.cases, self.key)
         self.record["tasks"][task.id] = to_dict(task) | {
             "num_cases": dict(Counter(case.split for case in found.cases)),
             "num_patients": len({case.patient for case in found.cases}),
-            "split_hash": hash_json(text.getvalue()),
+            "split_hash": split_hash,
             "num_missing": lost,
         }
         self.write_record()
         return found
-
-    def hash_case(self, task: Task, case: Case) -> str:
-        return self.key.hash("item", f"{task.dataset}:{case.id}")
 
     def note_model(self, name: str, encoder: Encoder) -> None:
         self.record["models"][encoder.name] = {
@@ -217,16 +211,20 @@ class _Bench:
         cases = [found.cases[n] for n in kept]
         return Material(
             task=task,
-            cases=[self.hash_case(task, case) for case in cases],
+            cases=[hash_case(task, case, self.key) for case in cases],
             patients=[self.key.hash("patient", case.patient) for case in cases],
             splits=[str(case.split) for case in cases],
             targets=[self._target(task, case) for case in cases],
             features=features.take(kept),
-            truth=[],
+            truth=LabelMaps(cases if task.kind == "segmentation" else [], self.reader),
         )
 
     def _target(self, task: Task, case: Case) -> tuple[float, ...]:
-        """Of localisation in LPS mm; else as the case has it."""
+        """Of localisation in LPS mm, of segmentation the true voxels of each class; else as the case has it."""
+        if task.kind == "segmentation":
+            labels = self.reader.region(case, self.reader.volume(case)).voxels
+            counts = np.bincount(labels.ravel(), minlength=len(task.classes) + 1)
+            return tuple(float(n) for n in counts[1 : len(task.classes) + 1])
         if task.kind != "localisation":
             return case.target
         affine = self.reader.volume(case).affine
@@ -245,16 +243,17 @@ class _Bench:
         )  # fmt: skip
         if path.is_file() and table_metadata(read_table(path, ["task"])).get("inputs") == inputs:
             return
-        trials = make_trials(
-            names.protocol, task.kind, material.splits, material.targets, material.patients,
-            draws=settings.draws, seed=settings.seed,
-        )  # fmt: skip
         try:
+            trials = make_trials(
+                names.protocol, task.kind, material.splits, material.targets, material.patients,
+                draws=settings.draws, seed=settings.seed,
+            )  # fmt: skip
             rows = fit_trials(
                 material, trials, names, seeds=settings.seeds, seed=settings.seed, device=device, progress=self.progress
             )
-        except ValueError as error:  # a head says what it cannot learn from
-            raise InputError(f"{task.id}, head {names.head}, {names.protocol}: {error}") from error
+        except (ValueError, HilumError) as error:  # too few cases of a class, no event: what cannot be learnt from
+            self._leave_out(task, encoder, f"{names.head}, {names.protocol}: {error}", len(material.cases))
+            return
         about = {"inputs": inputs, "classes": list(task.classes), "metric": task.metric, "versions": versions()}
         write_predictions(path, rows, about)
 
