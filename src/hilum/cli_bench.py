@@ -18,7 +18,8 @@ Suite = Annotated[
     str, typer.Option("--suite", "--track", help="phantom, 2d or 3d (CuriaBench), voxelfm, or a suite's name.")
 ]
 TaskIds = Annotated[
-    list[str] | None, typer.Option("--task", help="A task's id, e.g. curiabench-2d:A1. May be repeated.")
+    list[str] | None,
+    typer.Option("--task", help="A task's id (curiabench-2d:A1), or the TOML file of your own. May be repeated."),
 ]
 Data = Annotated[Path, typer.Option(help="Folder of the data sets; the phantom is written there.")]
 Folder = Annotated[Path, typer.Argument(metavar="RESULTS", help="What hilum bench run wrote.")]
@@ -35,7 +36,7 @@ def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
     from hilum.settings import to_dict
     from hilum.terminal import format_table
 
-    tasks = choose_tasks(suite) if suite else all_tasks()
+    tasks = [t for t in (choose_tasks(suite) if suite else all_tasks()) if not isinstance(t, Path)]
     rows = [[t.id, t.title, t.kind, t.unit, t.metric, "" if t.chance is None else f"{t.chance:.3g}"] for t in tasks]
     table = format_table(["task", "about", "kind", "unit", "metric", "chance"], rows)
     _print([to_dict(task) for task in tasks], as_json, table)
@@ -93,9 +94,10 @@ def check(
     from hilum.settings import to_dict
     from hilum.terminal import Reporter
 
-    (chosen,) = choose_tasks(ids=[task])
+    (asked,) = choose_tasks(ids=[task])
     with Reporter(quiet) as progress:
-        found = describe(chosen, read_task(chosen, data, progress=progress), task_folder(chosen, data))
+        chosen, cases = read_task(asked, data, progress=progress)
+    found = describe(chosen, cases, task_folder(chosen, data))
     problems = [to_dict(problem) for problem in found.found.problems]
     facts = {"task": task, "num_cases": len(found.found.cases), "num_lost": found.lost, "problems": problems}
     _print(facts, as_json, found.text)

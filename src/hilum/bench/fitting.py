@@ -34,18 +34,17 @@ class Names:
 class LabelMaps(Sequence[Volume]):
     """True label maps on the grids of their scans, read when they are asked for."""
 
-    def __init__(self, cases: Sequence[Case], reader: CaseReader) -> None:
-        self.cases, self._reader = cases, reader
+    def __init__(self, task: Task, cases: Sequence[Case], reader: CaseReader) -> None:
+        self.task, self.cases, self._reader = task, cases, reader
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, number: Any) -> Any:
-        case = self.cases[number]
-        return self._reader.region(case, self._reader.volume(case))
+        return self._reader.truth(self.task, self.cases[number])
 
     def take(self, rows: Sequence[int]) -> "LabelMaps":
-        return LabelMaps([self.cases[n] for n in rows], self._reader)
+        return LabelMaps(self.task, [self.cases[n] for n in rows], self._reader)
 
 
 @dataclass(frozen=True, kw_only=True)

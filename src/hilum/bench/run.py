@@ -27,7 +27,7 @@ from hilum.bench.protocols import TOKEN_FEATURES, applies, expand_protocols, hea
 from hilum.bench.scans import CaseReader
 from hilum.bench.scores import write_scores
 from hilum.bench.splits import hash_case, write_split
-from hilum.bench.suites import read_task
+from hilum.bench.suites import Asked, read_task
 from hilum.bench.task import Case, Found, Task
 from hilum.encode.encoder import Encoder
 from hilum.encode.zoo import load_encoder
@@ -68,12 +68,14 @@ class BenchSettings:
             raise UsageError("seeds, draws and resamples must be at least 1")
 
 
+_DENSE = ("segmentation", "localisation")
+
 # A folder of results may grow in these: other models, tasks, protocols and heads are other files.
 _MAY_GROW = ("protocols", "heads", "allow_missing")
 
 
 def run_bench(
-    tasks: Sequence[Task],
+    tasks: Sequence[Asked],
     models: Sequence[str],
     data: str | Path,
     out: str | Path,
@@ -96,17 +98,16 @@ def run_bench(
     """
     began = time.monotonic()
     bench = _Bench(Path(data), Path(out), settings or BenchSettings(), key or read_key(), progress)
-    found = {task.id: bench.open_task(task) for task in tasks}
+    opened = [bench.open_task(asked) for asked in tasks]
+    opened.sort(key=lambda pair: pair[0].kind not in _DENSE)  # their tokens give the vectors of others, too
     for name in models:
         encoder = load_encoder(name, device=device, precision=precision, seed=bench.settings.seed)
         cache = FeatureCache(
             bench.out / "features", encoder, bench.settings.max_slices, batch_size, num_threads, bench.reader
         )
         bench.note_model(name, encoder)
-        for task in sorted(
-            tasks, key=lambda t: t.kind not in ("segmentation", "localisation")
-        ):  # tokens give vectors, too
-            bench.run_task(task, found[task.id], cache, device)
+        for task, found in opened:
+            bench.run_task(task, found, cache, device)
     scores = write_scores(
         bench.out, num_resamples=bench.settings.num_resamples, seed=bench.settings.seed, progress=progress
     )
@@ -126,10 +127,10 @@ class _Bench:
     def write_record(self) -> None:
         write_json(self.out / "results.json", self.record)
 
-    def open_task(self, task: Task) -> Found:
-        """The cases of a task with their split, written and hashed. InputError when some are missing."""
+    def open_task(self, asked: Asked) -> tuple[Task, Found]:
+        """A task and its cases with their split, written and hashed. InputError when some are missing."""
         cache = self.out / "features" / "labels"
-        found = read_task(task, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
+        task, found = read_task(asked, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
         lost = sum(problem.cases for problem in found.problems)
         if not found.cases:
             said = "; ".join(f"{p.path}: {p.found}, expected {p.expected}" for p in found.problems[:3])
@@ -148,7 +149,7 @@ class _Bench:
             "num_missing": lost,
         }
         self.write_record()
-        return found
+        return task, found
 
     def note_model(self, name: str, encoder: Encoder) -> None:
         self.record["models"][encoder.name] = {
@@ -216,13 +217,13 @@ class _Bench:
             splits=[str(case.split) for case in cases],
             targets=[self._target(task, case) for case in cases],
             features=features.take(kept),
-            truth=LabelMaps(cases if task.kind == "segmentation" else [], self.reader),
+            truth=LabelMaps(task, cases, self.reader),
         )
 
     def _target(self, task: Task, case: Case) -> tuple[float, ...]:
         """Of localisation in LPS mm, of segmentation the true voxels of each class; else as the case has it."""
         if task.kind == "segmentation":
-            labels = self.reader.region(case, self.reader.volume(case)).voxels
+            labels = self.reader.truth(task, case).voxels
             counts = np.bincount(labels.ravel(), minlength=len(task.classes) + 1)
             return tuple(float(n) for n in counts[1 : len(task.classes) + 1])
         if task.kind != "localisation":

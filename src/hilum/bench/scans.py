@@ -2,14 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from hilum.bench.datasets import read_region, read_scan, source_hash
-from hilum.bench.task import Case, Region, Source
-from hilum.errors import InputError
+from hilum.bench.datasets import read_region, read_scan, read_truth, source_hash
+from hilum.bench.task import Case, Region, Source, Task
 from hilum.volume import Volume
 
 KEEP = 3  # what neighbouring cases share: a scan and its label maps
@@ -28,14 +24,15 @@ class CaseReader:
         return vol
 
     def region(self, case: Case, vol: Volume) -> Volume:
-        """1 inside the region of a case, 0 outside, on the grid of its scan; of segmentation the class numbers."""
+        """1 inside the region of a case, 0 outside, on the grid of its scan."""
         assert case.region is not None
-        region = case.region
-        if region.source is None or region.values is None:
-            return read_region(region, vol)
-        whole = Region(source=region.source)
-        labels: Volume = self._kept((whole, case.scan), lambda: read_region(whole, vol))
-        return chosen_labels(labels, region.values)
+        return read_region(case.region, vol)
+
+    def truth(self, task: Task, case: Case) -> Volume:
+        """Of segmentation: the class numbers of a case on the grid of its scan, 0 for none."""
+        region = case.region or Region()
+        labels: Volume = self._kept((region, case.scan), lambda: read_truth(task, region, self.volume(case)))
+        return labels
 
     def content(self, source: Source) -> str:
         """16 hex digits of what a source holds."""
@@ -51,10 +48,3 @@ class CaseReader:
         self._last.move_to_end(name)
         return self._last[name]
 
-
-def chosen_labels(labels: Volume, values: tuple[int, ...]) -> Volume:
-    """1 where a label map has one of these numbers. InputError when it has none of them."""
-    inside = np.isin(labels.voxels, values)
-    if not inside.any():
-        raise InputError("the region holds no voxel of its scan; expected at least one")
-    return replace(labels, voxels=inside.astype(np.uint8))
