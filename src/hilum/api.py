@@ -56,7 +56,7 @@ def bench(
     chosen = choose_tasks(suite, tasks)
     workers = num_workers or default_num_workers()
     phantom = any(not isinstance(task, Path) and task.suite == "phantom" for task in chosen)
-    if phantom:
+    if phantom and not (Path(data) / "phantom" / "phantom.json").exists():
         write_phantom_scans(Path(data) / "phantom", num_workers=workers, progress=progress)
     usual = ("full", "few-shot:5") if phantom else ("full",)
     return run_bench(

@@ -79,7 +79,7 @@ def run(
             allow_missing=allow_missing, batch_size=batch_size, device=device, precision=precision,
             num_workers=num_workers, seed=seed, progress=progress,
         )  # fmt: skip
-    _print(result, as_json, _results_text(result, out))
+    _print(result, as_json, _results_text(result))
     if result["left_out"]:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -148,7 +148,7 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _results_text(result: dict[str, Any], out: Path) -> str:
+def _results_text(result: dict[str, Any]) -> str:
     """One line a score, at most 100 columns, and all that was left out."""
     from hilum.terminal import format_table, wrap_row
 
@@ -164,5 +164,5 @@ def _results_text(result: dict[str, Any], out: Path) -> str:
     for row in result["left_out"]:
         text = f"left out: {row['cases']:,} cases of {row['task']} on {row['model']}: {row['reason']}"
         lines.append(wrap_row([], [], text))
-    lines.append(f"{out}: {len(rows)} scores after {result['seconds']:.0f} s. A page: hilum show {out} -o page.html")
+    lines.append(f"{len(rows)} scores after {result['seconds']:.0f} s. A page: hilum show RESULTS -o page.html")
     return "\n".join(lines)

@@ -84,7 +84,7 @@ def test_the_window_around_a_lesion_shows_the_same_patient_place(phantom_root):
     folder = phantom_root / "phantom" / "body" / "B0000"
     window = read_labels(folder / "liver-organs.nii.gz", None).volume
     scan = hilum.read(folder / "liver.nii.gz")
-    assert window.shape == scan.shape == (3, SMALL.matrix, SMALL.matrix)
+    assert window.shape == scan.shape == (3, 30, 30)
     assert (window.voxels == 17).any()
     whole = read_labels(folder / "organs.nii.gz", None).volume
     here = np.argwhere(window.voxels == 17).mean(0)

@@ -141,7 +141,7 @@ class FeatureCache:
                 todo[key] = case
         what = f"features of {self.encoder.name}, {task.id}"
         done = 0
-        found = self._encode(todo, region=not dense, tokens=tokens)
+        found = self._encode(todo, region=not dense, tokens=tokens) if todo else iter(())
         while shard := list(itertools.islice(found, SHARD)):
             self._write(shard)
             known.update(shard)

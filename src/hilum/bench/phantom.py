@@ -60,17 +60,17 @@ PHANTOM_TASKS: tuple[Task, ...] = (
     ),
     _task(
         "malignancy", "Malignancy of a liver lesion", "classification", "region", "auroc",
-        "painted: malignant lesions are lobulated and uneven; a slice at 2 mm",
+        "painted: malignant lesions are lobulated and uneven, with a bright rim; a slice at 2 mm",
         classes=("benign", "malignant"), chance=0.5,
     ),
     _task(
-        "steatosis", "Fat in the liver, three grades", "classification", "region", "auroc",
-        "the liver is darker by 0, 35 or 70 HU ± 12; a slice at 2 mm",
+        "stenosis", "Narrowing of the spinal canal, three grades", "classification", "region", "auroc",
+        "bone fills 0, 30 or 60 % ± 10 of the canal's radius; a slice at 2 mm",
         classes=("none", "moderate", "severe"), chance=0.5,
     ),
     _task(
         "haemorrhage", "Bleeding in a slice of a head", "classification", "slice", "auroc",
-        "painted in every second head, 30 to 75 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
+        "painted in every second head, 40 to 90 HU; every head has a calcification", classes=("none", "bleeding"), chance=0.5,
     ),
     _task(
         "findings", "Findings of a body", "multilabel", "volume", "macro_auroc", "of the painted anatomy",
@@ -81,7 +81,7 @@ PHANTOM_TASKS: tuple[Task, ...] = (
         "days until death or censoring; hazard 0.12 · exp(1.3·malignant + 0.5·ln(ml/10) + 0.03·(age − 60)) a year", chance=0.5,
     ),
     _task("retrieval", "Bodies with the same finding", "retrieval", "volume", "recall_at_5", "as findings", classes=FINDINGS),
-    _task("lesion-centre", "Centre of the largest liver lesion", "localisation", "volume", "distance_mm", "of its voxels"),
+    _task("lesion-centre", "Centre of the largest liver lesion", "localisation", "volume", "mean_distance_mm", "of its voxels"),
     _task(
         "solid-organs", "Segmentation of six organs", "segmentation", "volume", "dice", "as painted",
         classes=tuple(SOLID), chance=0.0,
@@ -165,9 +165,8 @@ def _malignancy(task: Task, folder: Path, labels: dict[str, Any], split: Split) 
         yield _window(folder, split, float(labels["malignant"]), "liver", "lesion")
 
 
-def _steatosis(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    if labels["lesion"]:
-        yield _window(folder, split, float(labels["fat_grade"]), "liver", "liver")
+def _stenosis(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
+    yield _window(folder, split, float(labels["stenosis"]), "spine", "spinal_cord")
 
 
 def _haemorrhage(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
@@ -180,7 +179,7 @@ def _findings(task: Task, folder: Path, labels: dict[str, Any], split: Split) ->
 
 
 def _survival(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    if labels["lesion"]:
+    if labels["areas"]["lesion"]:
         days, event = labels["survival"]
         yield _case(folder, split, (float(days), float(event)), region=_region(folder, "lesion"))
 
@@ -202,7 +201,7 @@ _READERS: dict[str, Callable[[Task, Path, dict[str, Any], Split], Iterator[Case]
     "organ-ct-to-mr": _organs,
     "age": _age,
     "malignancy": _malignancy,
-    "steatosis": _steatosis,
+    "stenosis": _stenosis,
     "haemorrhage": _haemorrhage,
     "findings": _findings,
     "survival": _survival,

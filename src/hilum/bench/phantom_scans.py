@@ -2,7 +2,7 @@
 
 body/B0000/ct.nii.gz, mr.nii.gz   a torso, 13.5 mm × 4 mm × 4 mm; organs.nii.gz, with the lesion; solid.nii.gz: SOLID
 body/B0000/liver.nii.gz           three slices of the CT at 2 mm around the largest lesion; liver-organs.nii.gz
-body/B0000/spine.nii.gz           the same around the spine
+body/B0000/spine.nii.gz           the same around the spinal canal
 head/H0000/ct.nii.gz              a slab of a head, bleeding or not
 */labels.json                     what is true of it
 phantom.json                      the settings, written last: the folder is whole
@@ -36,10 +36,10 @@ SOLID = {
     "lungs": ("lung_right", "lung_left"), "liver": ("liver",), "spleen": ("spleen",),
     "kidneys": ("kidney_right", "kidney_left"), "aorta": ("aorta",), "spine": ("spine",),
 }  # fmt: skip
-FAT_HU = (0.0, -35.0, -70.0)  # mean change of the liver's attenuation by grade of steatosis
-FAT_SPREAD_HU = 12.0  # between patients of one grade: grades overlap
+NARROWED = (0.0, 0.3, 0.6)  # mean share by which the spinal canal is narrowed, by grade
+NARROWED_SPREAD = 0.1  # between patients of one grade: grades overlap
 HEAD_MM = 4.0
-MAX_SHIFT = 14  # pixels by which a body lies off the middle
+MAX_SHIFT = 0.14  # share of the image by which a body lies off the middle
 SLAB = 6  # slices of a head that are kept
 CALCIFIED_ML = 0.3
 
@@ -100,19 +100,21 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
     rng = np.random.default_rng([settings.seed, number, 1])
     patient = _frequent(sample_patient(number, settings.seed), rng)
     anatomy = make_anatomy(patient, settings.num_slices, 2 * settings.matrix)
-    grade = int(rng.integers(len(FAT_HU)))
-    fat = FAT_HU[grade] + FAT_SPREAD_HU * float(rng.standard_normal())
+    grade = int(rng.integers(len(NARROWED)))
+    narrowed = float(np.clip(NARROWED[grade] + NARROWED_SPREAD * rng.standard_normal(), 0, 0.85))
     ct = scan_ct(anatomy).voxels.astype(np.float32)
-    ct[anatomy.organ == ORGAN["liver"]] += np.float32(fat)
+    _narrow_canal(ct, anatomy, narrowed, rng)
+    _mark_lesions(ct, anatomy, rng)
     fine = _jitter(ct, settings, rng)
     lesion = _largest_lesion(anatomy)
-    spine = ndimage.center_of_mass(anatomy.organ == ORGAN["spine"])
+    spine = ndimage.center_of_mass(anatomy.organ == ORGAN["spinal_cord"])
     for name, centre in (("liver", lesion or None), ("spine", spine)):
         if centre is not None:
-            box, affine = _window(anatomy, centre, settings.matrix)
+            box, affine = _window(anatomy, centre, settings.matrix * 5 // 8)
             _write(folder / f"{name}.nii.gz", fine[box], affine)
             _write(folder / f"{name}-organs.nii.gz", anatomy.organ[box], affine)
-    shift = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, 2)
+    most = round(MAX_SHIFT * settings.matrix)
+    shift = rng.integers(-most, most + 1, 2)
     affine = anatomy.affine.copy()
     affine[:3, 1:3] *= 2
     affine[:3, 3] += anatomy.affine[:3, 1:3].sum(1) / 2 - affine[:3, 1:3] @ shift
@@ -131,11 +133,35 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
         "malignant": int(patient.malignant),
         "survival": [round(days, 1), int(event)],
         "hazard_per_year": round(hazard, 5),
-        "fat_grade": grade,
+        "stenosis": grade,
         "findings": _findings(anatomy),
         "lesion": [lesion[0], *[(lesion[n + 1] - 0.5) / 2 + float(shift[n]) for n in (0, 1)]] if lesion else [],
         "areas": {name: _areas(organ == label) for name, label in ORGAN.items() if label},
     }
+
+
+def _narrow_canal(ct: NDArray[np.float32], anatomy: Anatomy, share: float, rng: np.random.Generator) -> None:
+    """Bone grows into the spinal canal from its wall, by this share of its radius."""
+    box, depth = _depth(anatomy.organ == ORGAN["spinal_cord"])
+    grown = (depth > 0) & (depth <= share * depth.max((1, 2), keepdims=True))
+    ct[box][grown] = np.float32(rng.uniform(250, 450))
+
+
+def _mark_lesions(ct: NDArray[np.float32], anatomy: Anatomy, rng: np.random.Generator) -> None:
+    """Lesions differ in brightness; malignant ones have a rim that takes up contrast medium and a darker core as well."""
+    box, depth = _depth(anatomy.organ == ORGAN["lesion"])
+    ct[box][depth > 0] += np.float32(rng.normal(0, 15))
+    if anatomy.patient.malignant:
+        ct[box][(depth > 0) & (depth <= 2.5)] += np.float32(rng.uniform(15, 70))
+        ct[box][depth > 2.5] -= np.float32(rng.uniform(0, 35))
+
+
+def _depth(inside: NDArray[np.bool_]) -> tuple[Any, NDArray[np.float64]]:
+    """The box of a structure, and how many pixels each of its voxels lies from its edge within the slice; 0 outside."""
+    box = ndimage.find_objects(np.pad(inside, 1).astype(np.uint8))[0] if inside.any() else (slice(1, 2),) * 3
+    box = tuple(slice(max(part.start - 2, 0), part.stop) for part in box)
+    depth: NDArray[np.float64] = ndimage.distance_transform_edt(inside[box], sampling=(1e6, 1, 1))
+    return box, depth
 
 
 def _halve(voxels: NDArray[Any]) -> NDArray[np.float32]:
@@ -210,11 +236,11 @@ def _write_head(folder: Path, settings: PhantomSettings, number: int) -> dict[st
     ct, _, _, brain = make_head(int(rng.integers(2**31)), HEAD_MM)
     image, inside = ct.voxels.astype(np.float32), brain.voxels > 0
     areas = inside.sum((1, 2))
-    centre = int(rng.choice(np.flatnonzero(areas > 0.7 * areas.max())))
+    centre = int(rng.choice(np.flatnonzero(areas > 0.85 * areas.max())))
     bleeds = bool(number % 2)
     if bleeds:
-        blood = _blob(inside, centre, float(rng.uniform(9, 20)), rng)
-        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(30, 75))
+        blood = _blob(inside, centre, float(rng.uniform(12, 26)), rng)
+        image += ndimage.gaussian_filter(blood.astype(np.float32), 0.6) * np.float32(rng.uniform(40, 90))
     calcified = _blob(inside, centre, float(rng.uniform(3, 5)), rng)
     image[calcified] += np.float32(rng.uniform(20, 60))
     image += 8 * ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), 2) * 8  # uneven tissue

@@ -1,16 +1,37 @@
 """scores.parquet: one row for each file of predictions, computed once."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from hilum.bench.predictions import read_predictions
-from hilum.bench.scoring import score_predictions
+from hilum.bench.scoring import Score, score_predictions
 from hilum.records import hash_json, read_table, table_metadata, write_table
 from hilum.terminal import Progress
 
 ABOUT = ("task", "kind", "model", "contract", "features", "head", "protocol")
+SE = ("DeLong", "Hanley-McNeil")
+_CLASS = pa.struct(
+    [("name", pa.string()), ("metric", pa.string())]
+    + [(name, pa.float64()) for name in ("value", "low", "high")]
+    + [(name, pa.int64()) for name in ("num_cases", "num_present")]
+)
+_TYPES = {
+    "higher_is_better": pa.bool_(),
+    **dict.fromkeys(
+        ("value", "low", "high", "case_se", "seed_sd", "draw_sd", "total_se", "chance", "ece", "brier"), pa.float64()
+    ),
+    **dict.fromkeys(
+        ("num_cases", "num_patients", "num_seeds", "num_draws", "num_resamples", "num_undefined"), pa.int64()
+    ),
+    "se": pa.struct([(name, pa.float64()) for name in SE]),
+    "per_class": pa.list_(_CLASS),
+    "notes": pa.list_(pa.string()),
+}
+_NAMES = (*ABOUT, "file", "inputs", *(field.name for field in fields(Score) if field.name != "kind"))
+_SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in _NAMES])
 
 
 def write_scores(out: Path, *, num_resamples: int, seed: int, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -33,10 +54,11 @@ def write_scores(out: Path, *, num_resamples: int, seed: int, progress: Progress
             )
             first = {name: table[name][0].as_py() for name in ABOUT}
             row = {**first, "file": file.name, "inputs": inputs, **score.to_dict()}
+            row["se"] = {name: row["se"].get(name) for name in SE}
         rows.append(row)
         if progress:
             progress(done, len(files), "scores")
     rows.sort(key=lambda row: [str(row[name]) for name in ABOUT])
     if rows:
-        write_table(path, pa.Table.from_pylist(rows), {"format": "hilum-bench-scores", "version": 1})
+        write_table(path, pa.Table.from_pylist(rows, schema=_SCHEMA), {"format": "hilum-bench-scores", "version": 1})
     return rows
