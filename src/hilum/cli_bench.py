@@ -90,13 +90,13 @@ def check(
 ) -> None:
     """Is the data of a task there and well-formed? Exit code 3 when nothing can be used, 4 when something is missing."""
     from hilum.bench.check import describe
-    from hilum.bench.suites import choose_tasks, read_task, task_folder
+    from hilum.bench.suites import choose_tasks, open_task, task_folder
     from hilum.settings import to_dict
     from hilum.terminal import Reporter
 
     (asked,) = choose_tasks(ids=[task])
     with Reporter(quiet) as progress:
-        chosen, cases = read_task(asked, data, progress=progress)
+        chosen, cases = open_task(asked, data, progress=progress)
     found = describe(chosen, cases, task_folder(chosen, data))
     problems = [to_dict(problem) for problem in found.found.problems]
     facts = {"task": task, "num_cases": len(found.found.cases), "num_lost": found.lost, "problems": problems}
@@ -135,6 +135,53 @@ def compare(
             progress=progress,
         )
     _print(found.to_dict(), as_json, "\n".join([found.table(), "", found.sentence(), *found.notes()]))
+
+
+@bench_app.command()
+def audit(
+    data: Data,
+    suite: Suite = "",
+    task: TaskIds = None,
+    store: Annotated[Path | None, typer.Option(help="The store that an encoder was pre-trained on.")] = None,
+    model: Annotated[str | None, typer.Option(help="An encoder, to check features and labels by, too.")] = None,
+    features: Annotated[Path | None, typer.Option(help="Keeps the vectors, e.g. RESULTS/features.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Patients, scans and slices on two sides of a split, or in pre-training and test. Exit code 4 when something leaks."""
+    from hilum.bench.audit_run import audit as look
+    from hilum.bench.suites import choose_tasks
+    from hilum.terminal import Reporter
+
+    tasks = [t for t in choose_tasks(suite, task or ()) if not isinstance(t, Path)]
+    with Reporter(quiet) as progress:
+        found = look(tasks, data, store=store, model=model, features=features, progress=progress)
+    _print(found.to_dict(), as_json, found.text())
+    if found.leaks:
+        raise typer.Exit(EXIT_SOME_LEFT_OUT)
+
+
+@bench_app.command()
+def reproduce(
+    task: Annotated[str, typer.Argument(help="A task's id.")],
+    model: Annotated[str, typer.Option(help="As it is run: curia-2-b.")],
+    results: Annotated[Path, typer.Option("--results", "-o", help="Folder of hilum bench run.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets: run it first, or go on with it.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Published against ours, with intervals and the likely reasons of a gap."""
+    from hilum.bench.reproduce import reproduce as beside
+    from hilum.terminal import Reporter
+
+    if data is not None:
+        from hilum.api import bench
+
+        with Reporter(quiet) as progress:
+            bench([model], data, results, tasks=[task], device=device, progress=progress)
+    found = beside(results, task, model)
+    _print(found.to_dict(), as_json, found.text())
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from hilum.bench.predictions import read_predictions
 from hilum.bench.protocols import cross_tasks, expand_protocols, make_trials
 from hilum.bench.retrieval import recalls
 from hilum.bench.run import BenchSettings, run_bench
-from hilum.bench.suites import choose_tasks, read_task
+from hilum.bench.suites import choose_tasks, open_task
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import pixel_encoder, write_encoder
 from hilum.encode.shape import ViTConfig
@@ -100,7 +100,7 @@ def test_features_are_shared_between_tasks_and_follow_their_files(tmp_path, root
     encoded = []
     inner = cache._encode
     cache._encode = lambda todo, **k: encoded.append(len(todo)) or inner(todo, **k)  # type: ignore[method-assign]
-    (findings, f), (retrieval, r) = (read_task(task, root) for task in tasks_of("findings", "retrieval"))
+    (findings, f), (retrieval, r) = (open_task(task, root) for task in tasks_of("findings", "retrieval"))
     one, two = cache.features(findings, f.cases), cache.features(retrieval, r.cases)
     assert encoded == [24]  # nothing was left for the second
     np.testing.assert_array_equal(one.vectors("class"), two.vectors("class"))
@@ -116,7 +116,7 @@ def test_vectors_are_those_of_encode(tmp_path, root, encoder_folder):
     from hilum.archive.labels import read_labels
 
     encoder = hilum.load_encoder(str(encoder_folder))
-    (task, found), (whole, volumes) = (read_task(task, root) for task in tasks_of("organ", "findings"))
+    (task, found), (whole, volumes) = (open_task(task, root) for task in tasks_of("organ", "findings"))
     cache = FeatureCache(tmp_path, encoder)
     got = cache.features(task, found.cases[:5]).vectors("mean")
     for vector, case in zip(got, found.cases):
@@ -137,7 +137,7 @@ def test_vectors_are_those_of_encode(tmp_path, root, encoder_folder):
 @pytest.mark.parametrize("fault", ["shuffled labels", "constant features", "random features"])
 def test_planted_faults_score_as_chance(tmp_path, root, monkeypatch, fault):
     """Organs, which the untouched features tell well above chance."""
-    (task, found) = read_task(tasks_of("organ")[0], root)
+    (task, found) = open_task(tasks_of("organ")[0], root)
     rng = np.random.default_rng(0)
     if fault == "shuffled labels":
         targets = rng.permutation([case.target[0] for case in found.cases])
@@ -147,7 +147,7 @@ def test_planted_faults_score_as_chance(tmp_path, root, monkeypatch, fault):
 
         draw = {"constant features": np.ones, "random features": rng.standard_normal}[fault]
         monkeypatch.setattr(CaseFeatures, "vectors", lambda self, pooling: draw((len(self.rows), 8)).astype(np.float32))
-    monkeypatch.setattr(runner, "read_task", lambda *a, **k: (task, found))
+    monkeypatch.setattr(runner, "open_task", lambda *a, **k: (task, found))
     (score,) = run_bench([task], ["pixels"], root, tmp_path / "out", QUICK)["scores"]
     assert score["low"] <= 0.16 and score["value"] < 0.2  # 16 classes: 0.0625
 
@@ -190,7 +190,7 @@ def test_protocols_draw_from_train_only():
 
 
 def test_crossing_two_tasks_keeps_common_classes_and_patients_apart(root):
-    (ct, ct_found), (mr, mr_found) = (read_task(task, root) for task in tasks_of("organ", "organ-mr"))
+    (ct, ct_found), (mr, mr_found) = (open_task(task, root) for task in tasks_of("organ", "organ-mr"))
     fewer = replace(mr, classes=tuple(reversed(mr.classes[3:])))
     renamed = [
         replace(c, target=(float(fewer.classes.index(mr.classes[int(c.target[0])])),))

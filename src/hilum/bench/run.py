@@ -27,7 +27,7 @@ from hilum.bench.protocols import TOKEN_FEATURES, applies, expand_protocols, hea
 from hilum.bench.scans import CaseReader
 from hilum.bench.scores import write_scores
 from hilum.bench.splits import hash_case, write_split
-from hilum.bench.suites import Asked, read_task
+from hilum.bench.suites import Asked, open_task
 from hilum.bench.task import Case, Found, Task
 from hilum.encode.encoder import Encoder
 from hilum.encode.zoo import load_encoder
@@ -130,7 +130,7 @@ class _Bench:
     def open_task(self, asked: Asked) -> tuple[Task, Found]:
         """A task and its cases with their split, written and hashed. InputError when some are missing."""
         cache = self.out / "features" / "labels"
-        task, found = read_task(asked, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
+        task, found = open_task(asked, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
         lost = sum(problem.cases for problem in found.problems)
         if not found.cases:
             said = "; ".join(f"{p.path}: {p.found}, expected {p.expected}" for p in found.problems[:3])

@@ -47,15 +47,22 @@ def all_tasks() -> tuple[Task, ...]:
 
 
 def read_task(
+    task: Task, root: Path, *, seed: int = 0, cache: Path | None = None, progress: Progress | None = None
+) -> Found:
+    """The cases of a task, each with its split: the publisher's, else a seeded one by patient."""
+    if task.suite == "phantom":
+        return read_phantom(task, root)
+    found = read_cases(root, task, progress=progress, cache=cache)
+    return Found(cases=split_cases(task, found.cases, seed=seed), problems=found.problems)
+
+
+def open_task(
     asked: Asked, root: Path, *, seed: int = 0, cache: Path | None = None, progress: Progress | None = None
 ) -> tuple[Task, Found]:
-    """The task and its cases, each with its split: the publisher's, else a seeded one by patient."""
-    if isinstance(asked, Path):
-        task, found = read_own_task(asked, root, progress=progress)
-    elif asked.suite == "phantom":
-        task, found = asked, read_phantom(asked, root)
-    else:
-        task, found = asked, read_cases(root, asked, progress=progress, cache=cache)
+    """As `read_task`, and the task itself: of a TOML file it is known only now."""
+    if not isinstance(asked, Path):
+        return asked, read_task(asked, root, seed=seed, cache=cache, progress=progress)
+    task, found = read_own_task(asked, root, progress=progress)
     return task, Found(cases=split_cases(task, found.cases, seed=seed), problems=found.problems)
 
 
