@@ -193,8 +193,8 @@ SETTINGS = {
     "Optimiser": {"optimiser", "o"},
     "Run": {"run"},
     "Recipe": {"recipe", "chosen"},
-    "Descent": {"descent"},
-    "Protocol": {"protocol"},
+        "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
+        "pull", "scan", "show",
 }
 
 

@@ -2,13 +2,17 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from hilum.bench.datasets import read_region, read_scan, read_truth, source_hash
 from hilum.bench.task import Case, Region, Source, Task
 from hilum.volume import Volume
 
-KEEP = 3  # what neighbouring cases share: a scan and its label maps
+KEEP = 3  # what neighbouring cases share
+TRUTH_BYTES = 1 << 30  # label maps that stay in memory: a segmentation head asks for them in every epoch
 
 
 class CaseReader:
@@ -16,6 +20,7 @@ class CaseReader:
 
     def __init__(self) -> None:
         self._last: OrderedDict[Any, Any] = OrderedDict()
+        self._truths: OrderedDict[Any, Volume] = OrderedDict()
         self._contents: dict[Source, str] = {}
 
     def volume(self, case: Case) -> Volume:
@@ -30,9 +35,14 @@ class CaseReader:
 
     def truth(self, task: Task, case: Case) -> Volume:
         """Of segmentation: the class numbers of a case on the grid of its scan, 0 for none."""
-        region = case.region or Region()
-        labels: Volume = self._kept((region, case.scan), lambda: read_truth(task, region, self.volume(case)))
-        return labels
+        name = (case.region, case.scan)
+        if name not in self._truths:
+            labels = read_truth(task, case.region or Region(), self.volume(case))
+            small = np.uint8 if len(task.classes) < 256 else np.uint16
+            self._truths[name] = replace(labels, voxels=labels.voxels.astype(small))
+            while len(self._truths) > 1 and sum(v.voxels.nbytes for v in self._truths.values()) > TRUTH_BYTES:
+                self._truths.popitem(last=False)
+        return self._truths[name]
 
     def content(self, source: Source) -> str:
         """16 hex digits of what a source holds."""
@@ -47,4 +57,3 @@ class CaseReader:
                 self._last.popitem(last=False)
         self._last.move_to_end(name)
         return self._last[name]
-
