@@ -39,7 +39,8 @@ def test_every_kind_of_task_has_a_twin():
 def test_patients_keep_to_one_side_and_no_problem_is_found(phantom_root):
     for task in PHANTOM_TASKS:
         found = read_phantom(task, phantom_root)
-        assert found.cases and not found.problems
+        assert found.cases
+        assert not found.problems
         sides = {}
         for case in found.cases:
             sides.setdefault(case.patient, set()).add(case.split)
@@ -72,7 +73,8 @@ def test_the_centre_of_a_lesion_lies_in_it_and_segmentation_has_its_classes(phan
     by_patient = {case.patient: case for case in cases}
     for truth_case in solid:
         labels = reader.truth(task, truth_case).voxels
-        assert set(np.unique(labels)) <= set(range(len(SOLID) + 1)) and (labels == 2).any()  # the liver is there
+        assert set(np.unique(labels)) <= set(range(len(SOLID) + 1))
+        assert (labels == 2).any()
         case = by_patient[truth_case.patient]
         organs = read_labels(case.scan.path.with_name("organs.nii.gz"), None).volume.voxels
         k, j, i = (round(c) for c in case.target)
@@ -115,8 +117,10 @@ def test_a_missing_patient_is_told(tmp_path):
     (tmp_path / "phantom" / "body" / "B0002" / "labels.json").unlink()
     task = next(t for t in PHANTOM_TASKS if t.id == "phantom:findings")
     found = read_phantom(task, tmp_path)
-    assert [p.path for p in found.problems] == ["body/B0002"] and found.problems[0].cases == 1
-    assert len(found.cases) == 2 and len(found.cases[0].target) == len(FINDINGS)
+    assert [p.path for p in found.problems] == ["body/B0002"]
+    assert found.problems[0].cases == 1
+    assert len(found.cases) == 2
+    assert len(found.cases[0].target) == len(FINDINGS)
     with pytest.raises(InputError, match="holds no phantom scans"):
         read_phantom(task, tmp_path / "nowhere")
 
