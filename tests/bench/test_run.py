@@ -102,7 +102,7 @@ def test_the_same_command_keeps_what_is_finished(tmp_path, root, monkeypatch):
     assert len(seen) == 1
     assert scores_of(first) == scores_of(second)
     assert all(p.stat().st_mtime_ns == changed for p, changed in files.items() if p != gone)
-    with pytest.raises(UsageError, match="other settings.*seeds"):
+    with pytest.raises(UsageError, match=r"other settings.*seeds"):
         run_bench(tasks_of("age"), ["pixels"], root, out, replace(QUICK, seeds=3))
 
 
@@ -180,11 +180,10 @@ def test_missing_and_refused_cases_stop_the_run_unless_allowed(tmp_path, root):
         run_bench(tasks_of("age"), ["pixels"], data, tmp_path / "out", QUICK)
     (data / "phantom" / "body" / "B0001" / "spine.nii.gz").write_bytes(b"nothing")
     allowed = replace(QUICK, allow_missing=True)
+    (data / "phantom" / "body" / "B0009").rename(tmp_path / "B0009")
+    facts = data / "phantom" / "phantom.json"
+    facts.write_text(facts.read_text().replace('"num_patients": 10', '"num_patients": 9'))
     with pytest.raises(InputError, match="pixels refuses 1 of 9 cases"):
-        (data / "phantom" / "body" / "B0009").rename(tmp_path / "B0009")
-        (data / "phantom" / "phantom.json").write_text(
-            (data / "phantom" / "phantom.json").read_text().replace('"num_patients": 10', '"num_patients": 9')
-        )
         run_bench(tasks_of("age"), ["pixels"], data, tmp_path / "refused", QUICK)
     result = run_bench(tasks_of("age"), ["pixels"], data, tmp_path / "allowed", allowed)
     assert [(row["cases"], row["task"]) for row in result["left_out"]] == [(1, "phantom:age")]

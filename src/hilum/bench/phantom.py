@@ -65,7 +65,7 @@ PHANTOM_TASKS: tuple[Task, ...] = (
     ),
     _task(
         "stenosis", "Narrowing of the spinal canal, three grades", "classification", "region", "auroc",
-        "bone fills 0, 30 or 60 % ± 10 of the canal's radius; a slice at 2 mm",
+        "bone fills 0, 20 or 40 % ± 16 of the canal's radius; a slice at 2 mm",
         classes=("none", "moderate", "severe"), chance=0.5,
     ),
     _task(

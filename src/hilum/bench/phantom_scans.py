@@ -36,8 +36,8 @@ SOLID = {
     "lungs": ("lung_right", "lung_left"), "liver": ("liver",), "spleen": ("spleen",),
     "kidneys": ("kidney_right", "kidney_left"), "aorta": ("aorta",), "spine": ("spine",),
 }  # fmt: skip
-NARROWED = (0.0, 0.3, 0.6)  # mean share by which the spinal canal is narrowed, by grade
-NARROWED_SPREAD = 0.1  # between patients of one grade: grades overlap
+NARROWED = (0.0, 0.2, 0.4)  # mean share by which the spinal canal is narrowed, by grade
+NARROWED_SPREAD = 0.16  # between patients of one grade: grades overlap
 HEAD_MM = 4.0
 MAX_SHIFT = 0.14  # share of the image by which a body lies off the middle
 SLAB = 6  # slices of a head that are kept
