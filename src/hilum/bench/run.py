@@ -107,7 +107,7 @@ def run_bench(
         )
         bench.note_model(name, encoder)
         for task, found in opened:
-            bench.run_task(task, found, cache, device)
+            bench.run_task(task, found, cache, str(encoder.device))
     scores = write_scores(
         bench.out, num_resamples=bench.settings.num_resamples, seed=bench.settings.seed, progress=progress
     )
