@@ -193,8 +193,10 @@ SETTINGS = {
     "Optimiser": {"optimiser", "o"},
     "Run": {"run"},
     "Recipe": {"recipe", "chosen"},
-        "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
-        "pull", "scan", "show",
+    "Descent": {"descent"},
+    "Protocol": {"protocol"},
+    "BenchSettings": {"settings"},
+    "PhantomSettings": {"settings"},
 }
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hilum.bench.task import Case, Found, Task
 from hilum.errors import UsageError
+from hilum.probe.heads import head_class
 from hilum.probe.sampling import draw_few, draw_share
 
 FEW_SHOT = ("few-shot:1", "few-shot:5", "few-shot:10", "few-shot:20")
@@ -89,11 +90,8 @@ def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tup
         usual = DEFAULT_HEADS[task.kind][0][1]
         return (("class", usual), ("mean", usual), (TOKEN_FEATURES, "attention"))
     if chosen and task.kind in ("classification", "multilabel", "regression", "survival"):
-        return tuple((TOKEN_FEATURES if name in TOKEN_HEADS else "", name) for name in chosen)
+        return tuple((TOKEN_FEATURES if head_class(name).sees == "tokens" else "", name) for name in chosen)
     return DEFAULT_HEADS[task.kind]
-
-
-TOKEN_HEADS = ("attention", "q-former", "localisation", "segmentation")
 
 
 def make_trials(
