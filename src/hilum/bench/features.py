@@ -13,6 +13,7 @@ that it touches.
 """
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from hilum.terminal import Progress
 from hilum.volume import Volume
 
 FORMAT = "hilum-bench-features"
-SHARD = 256  # cases that an interruption costs at most
+SHARD, EVERY_S = 256, 20.0  # what an interruption costs at most: cases, seconds
 PARTS = ("class", "mean", "max")
 _SCHEMA = pa.schema(
     [
@@ -140,12 +141,14 @@ class FeatureCache:
             if row is None or (tokens and not row.reason and not self._token_path(key).is_file()):
                 todo[key] = case
         what = f"features of {self.encoder.name}, {task.id}"
-        done = 0
-        found = self._encode(todo, region=not dense, tokens=tokens) if todo else iter(())
-        while shard := list(itertools.islice(found, SHARD)):
-            self._write(shard)
-            known.update(shard)
-            done += len(shard)
+        shard: list[tuple[str, Vectors]] = []
+        written = time.monotonic()
+        for done, made in enumerate(self._encode(todo, region=not dense, tokens=tokens) if todo else (), 1):
+            shard.append(made)
+            if len(shard) == SHARD or done == len(todo) or time.monotonic() - written > EVERY_S:
+                self._write(shard)
+                known.update(shard)
+                shard, written = [], time.monotonic()
             if progress:
                 progress(done, len(todo), what)
         paths = [self._token_path(key) if tokens else None for key in keys]
