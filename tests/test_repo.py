@@ -34,6 +34,7 @@ FLOORS = {
     "demo": 8,
     "demo_report": 8,
     "cli": 8,
+    "cli_bench": 8,
     "cli_store": 8,
     "cli_embed": 8,
     "cli_pretrain": 8,
@@ -151,8 +152,8 @@ from hilum import api
 print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
     assert set(run(code).split()) == {
-        "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe", "pull",
-        "scan", "show",
+        "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
+        "pull", "scan", "show",
     }  # fmt: skip
 
 
@@ -194,6 +195,8 @@ SETTINGS = {
     "Recipe": {"recipe", "chosen"},
     "Descent": {"descent"},
     "Protocol": {"protocol"},
+    "BenchSettings": {"settings"},
+    "PhantomSettings": {"settings"},
 }
 
 

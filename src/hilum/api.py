@@ -1,5 +1,6 @@
 """Every command as a Python function of the same name: `from hilum import api`, then `api.prepare(...)`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ from hilum.archive.doctor.overview import show as show_archive
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
+from hilum.archive.workers import default_num_workers
+from hilum.bench.phantom_scans import write_phantom_scans
+from hilum.bench.run import BenchSettings, run_bench
+from hilum.bench.suites import choose_tasks
 from hilum.demo import demo
 from hilum.encode.released.doctor import check_model as doctor
 from hilum.encode.released.export import export
@@ -18,11 +23,54 @@ from hilum.pretrain.plan import plan
 from hilum.pretrain.watch.report import show_run
 from hilum.probe.fit import probe
 from hilum.probe.predict import predict
+from hilum.terminal import Progress
 
 __all__ = [
-    "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe", "pull",
-    "scan", "show",
+    "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
+    "pull", "scan", "show",
 ]  # fmt: skip
+
+
+def bench(
+    models: Sequence[str],
+    data: str | Path,
+    out: str | Path,
+    *,
+    suite: str = "",
+    tasks: Sequence[str] = (),
+    protocols: tuple[str, ...] = (),
+    num_workers: int | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Run encoders on tasks (`hilum.bench.run.run_bench`).
+
+    suite, tasks  of `hilum.bench.suites.choose_tasks`; the scans of the phantom are written to `data` where they are not
+    protocols     none: full, and for the phantom few-shot:5 of its organs, too
+    settings      of `hilum.bench.run.BenchSettings`
+    returns       results.json, and the rows of scores.parquet as "scores"
+    """
+    chosen = choose_tasks(suite, tasks)
+    workers = num_workers or default_num_workers()
+    phantom = any(not isinstance(task, Path) and task.suite == "phantom" for task in chosen)
+    if phantom and not (Path(data) / "phantom" / "phantom.json").exists():
+        write_phantom_scans(Path(data) / "phantom", num_workers=workers, progress=progress)
+    usual = ("full", "few-shot:5") if phantom else ("full",)
+    return run_bench(
+        chosen,
+        models,
+        data,
+        out,
+        BenchSettings(protocols=protocols or usual, **settings),
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        num_threads=workers,
+        progress=progress,
+    )
 
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:

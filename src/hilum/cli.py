@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hilum.cli_bench import bench_app
 from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
 from hilum.cli_predict import predict
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(store_app, name="store")
+app.add_typer(bench_app, name="bench")
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
