@@ -8,6 +8,7 @@ from hilum.archive.doctor.overview import show as show_archive
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
+from hilum.bench.report import show_results
 from hilum.demo import demo
 from hilum.encode.released.doctor import check_model as doctor
 from hilum.encode.released.export import export
@@ -26,8 +27,10 @@ __all__ = [
 
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), or of a ledger or store, with the options of
-    `hilum.archive.doctor.overview.show`."""
+    """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), of results of a benchmark with the options of
+    `hilum.bench.report.show_results`, or of a ledger or store with those of `hilum.archive.doctor.overview.show`."""
     if (Path(thing) / "run.json").is_file():
         return show_run(thing, out)
+    if (Path(thing) / "results.json").is_file():
+        return show_results(thing, out, **options)
     return show_archive(thing, out, **options)

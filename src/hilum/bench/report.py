@@ -11,6 +11,7 @@ from PIL import Image
 
 from hilum.bench.against import add_differences
 from hilum.bench.arrays import pooled_rows, reliability_of
+from hilum.bench.case_images import data_pictures
 from hilum.bench.case_pages import ImageOf, add_cases
 from hilum.bench.how import add_how
 from hilum.bench.pictures import Curve, Line, forest, learning_curves, reliability
@@ -40,7 +41,7 @@ def show_results(
     out: str | Path,
     *,
     reference: str | None = None,
-    image_of: ImageOf | None = None,
+    data: str | Path | None = None,
     csv: str | Path | None = None,
     latex: str | Path | None = None,
     progress: Progress | None = None,
@@ -48,7 +49,7 @@ def show_results(
     """Write one self-contained HTML page about a folder that `hilum bench run` made.
 
     reference  the model that the others are compared with; None: the first
-    image_of   pictures of cases, for the worst ones; None: files RESULTS/pictures/CASE.png, where there are any
+    data       folder of the data sets, from which the worst cases are drawn; None: files RESULTS/pictures/CASE.png, if any
     csv, latex also write all scores, or one table a suite, to these files
 
     returns    num_tasks, num_models, num_scores
@@ -62,7 +63,8 @@ def show_results(
     add_differences(page, found, reference, progress)
     _add_curves(page, found)
     _add_calibration(page, found)
-    _add_all_cases(page, found, image_of or folder_pictures(found.folder), progress)
+    image_of = folder_pictures(found.folder) if data is None else data_pictures(dict(found.tasks), Path(data))
+    _add_all_cases(page, found, image_of, progress)
     add_how(page, found)
     page.write(Path(out))
     if csv is not None:
