@@ -81,7 +81,7 @@ def audit(
     InputError when a task has no case in the folder.
     """
     key = key or read_key()
-    reader = CaseReader(key)
+    reader = CaseReader()
     cases = {task.id: _cases_of(task, Path(data), progress) for task in tasks}
     encoder = None if model is None else load_encoder(model)
     found: list[Finding] = []

@@ -24,7 +24,7 @@ def data_pictures(
     data   folder of the data sets, as for `hilum bench run`
     """
     key = key or read_key()
-    reader = CaseReader(key)
+    reader = CaseReader()
     known: dict[str, dict[str, Case]] = {}
 
     def image_of(task: str, case: str) -> tuple[NDArray[Any], str] | None:
