@@ -19,6 +19,7 @@ def audit(
     store: Annotated[Path | None, typer.Option(help="Store that an encoder was pre-trained on.")] = None,
     model: Annotated[str | None, typer.Option(help="An encoder: check its features and the labels, too.")] = None,
     features: Annotated[Path | None, typer.Option(help="Folder that keeps its vectors: RESULTS/features.")] = None,
+    seed: Annotated[int, typer.Option(help="Of splits that no publisher made, as in hilum bench run.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -29,7 +30,13 @@ def audit(
 
     with Reporter(quiet) as progress:
         found = run(
-            choose_tasks(suite, task or ()), data, store=store, model=model, features=features, progress=progress
+            choose_tasks(suite, task or ()),
+            data,
+            store=store,
+            model=model,
+            features=features,
+            seed=seed,
+            progress=progress,
         )
     print(json.dumps(found.to_dict(), sort_keys=True) if as_json else found.text())
     if found.leaks:

@@ -13,6 +13,7 @@ from hilum.archive.privacy import Key
 from hilum.archive.store.store import Store, hash_pixels, quantise
 from hilum.bench.fingerprints import CELLS, WAVE_NUMBERS, Rows, look, wave_vectors
 from hilum.bench.scans import CaseReader
+from hilum.bench.splits import hash_case
 from hilum.bench.task import Case, Task
 from hilum.errors import HilumError
 from hilum.terminal import Progress
@@ -119,7 +120,7 @@ def add_cases(
         except HilumError:
             images.refused += 1
             continue
-        named = {"side": str(case.split), "owner": hash_case(key, task, case), "patient": key.hash("patient", case.patient),
+        named = {"side": str(case.split), "owner": hash_case(task, case, key), "patient": key.hash("patient", case.patient),
                  "modality": case.modality}  # fmt: skip
         whole = (case.split, case.scan)
         if whole not in scans:
@@ -148,11 +149,6 @@ def add_store(images: Images, store: Store, *, every_slice: bool, progress: Prog
         for z in range(row.shape[0]) if every_slice else quantile_slices(row.shape[0]):
             pixels, _ = store.read_slice(row.key, z)
             images.add(Slice(scan=row.key, content=slice_hash(pixels), **named), pixels)
-
-
-def hash_case(key: Key, task: Task, case: Case) -> str:
-    """The name under which predictions know a case."""
-    return key.hash("item", f"{task.dataset}:{case.id}")
 
 
 def quantile_slices(num_slices: int) -> tuple[int, ...]:

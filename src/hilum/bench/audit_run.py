@@ -15,7 +15,7 @@ from hilum.bench.audit import Finding, check_features, check_labels, find_leaks
 from hilum.bench.audit_images import Images, add_cases, add_store
 from hilum.bench.features import FeatureCache
 from hilum.bench.scans import CaseReader
-from hilum.bench.suites import read_task
+from hilum.bench.suites import Asked, read_task
 from hilum.bench.task import Case, Task
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError
@@ -62,12 +62,13 @@ class Audit:
 
 
 def audit(
-    tasks: Sequence[Task],
+    tasks: Sequence[Asked],
     data: str | Path,
     *,
     store: str | Path | None = None,
     model: str | None = None,
     features: str | Path | None = None,
+    seed: int = 0,
     key: Key | None = None,
     progress: Progress | None = None,
 ) -> Audit:
@@ -78,11 +79,13 @@ def audit(
     model     an encoder, by which features and labels are checked too; `features` is a folder that keeps its vectors, such
               as RESULTS/features; without it they are not kept
 
+    seed      of splits that no publisher made, as in `hilum bench run`
+
     InputError when a task has no case in the folder.
     """
     key = key or read_key()
     reader = CaseReader()
-    cases = {task.id: _cases_of(task, Path(data), progress) for task in tasks}
+    asked = [_read(one, Path(data), seed, progress) for one in tasks]
     encoder = None if model is None else load_encoder(model)
     found: list[Finding] = []
     notes: list[str] = []
@@ -90,28 +93,28 @@ def audit(
     with Images() as stored:
         if store is not None:
             opened = Store(store)
-            single = any(case.slices for some in cases.values() for case in some)
+            single = any(case.slices for _, cases in asked for case in cases)
             add_store(stored, opened, every_slice=single, progress=progress)
             slices += len(stored.slices)
             if opened.header.get("key") != key.fingerprint:
                 notes.append("the store was made with another key: its patients cannot be recognised, only its pixels")
-        for task in tasks:
+        for task, cases in asked:
             with Images() as images:
-                add_cases(images, task, cases[task.id], reader, key, progress)
+                add_cases(images, task, cases, reader, key, progress)
                 found += find_leaks(images, task.id, stored, progress)
                 slices, refused = slices + len(images.slices), refused + images.refused
             if encoder is not None:
                 with nullcontext(features) if features is not None else TemporaryDirectory() as folder:
                     cache = FeatureCache(Path(folder), encoder, reader=reader)
-                    found += _check_encoder(task, cases[task.id], cache, progress)
+                    found += _check_encoder(task, cases, cache, progress)
     return Audit(findings=tuple(found), slices=slices, refused=refused, notes=tuple(notes))
 
 
-def _cases_of(task: Task, data: Path, progress: Progress | None) -> tuple[Case, ...]:
-    cases = read_task(task, data, progress=progress).cases
-    if not cases:
+def _read(asked: Asked, data: Path, seed: int, progress: Progress | None) -> tuple[Task, tuple[Case, ...]]:
+    task, found = read_task(asked, data, seed=seed, progress=progress)
+    if not found.cases:
         raise InputError(f"{task.id} has no case in this folder; see what is missing: hilum bench check {task.id}")
-    return cases
+    return task, found.cases
 
 
 def _check_encoder(task: Task, cases: Sequence[Case], cache: FeatureCache, progress: Progress | None) -> list[Finding]:

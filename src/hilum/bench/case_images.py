@@ -1,5 +1,6 @@
 """Pictures of cases for the page, drawn from the data sets when they are at hand."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key, read_key
-from hilum.bench.audit_images import hash_case
 from hilum.bench.scans import CaseReader
+from hilum.bench.splits import hash_case
 from hilum.bench.suites import read_task
 from hilum.bench.task import Case, Task
 from hilum.errors import HilumError
@@ -29,7 +30,9 @@ def data_pictures(
 
     def image_of(task: str, case: str) -> tuple[NDArray[Any], str] | None:
         if task not in known:
-            known[task] = {hash_case(key, tasks[task], c): c for c in read_task(tasks[task], data).cases}
+            known[task] = {}
+            with contextlib.suppress(HilumError):  # a page does without pictures
+                known[task] = {hash_case(tasks[task], c, key): c for c in read_task(tasks[task], data)[1].cases}
         found = known[task].get(case)
         if found is None:
             return None
@@ -40,7 +43,7 @@ def data_pictures(
                 z = found.slices[len(found.slices) // 2]
             elif found.region is not None:
                 z = int((reader.region(found, vol).voxels > 0).sum((1, 2)).argmax())
-        except HilumError:  # a page does without a picture
+        except HilumError:
             return None
         return np.asarray(vol.voxels[z], np.float32), vol.unit
 
