@@ -15,7 +15,7 @@ from hilum.bench.audit import Finding, check_features, check_labels, find_leaks
 from hilum.bench.audit_images import Images, add_cases, add_store
 from hilum.bench.features import FeatureCache
 from hilum.bench.scans import CaseReader
-from hilum.bench.suites import Asked, read_task
+from hilum.bench.suites import Asked, open_task
 from hilum.bench.task import Case, Task
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError
@@ -111,7 +111,7 @@ def audit(
 
 
 def _read(asked: Asked, data: Path, seed: int, progress: Progress | None) -> tuple[Task, tuple[Case, ...]]:
-    task, found = read_task(asked, data, seed=seed, progress=progress)
+    task, found = open_task(asked, data, seed=seed, progress=progress)
     if not found.cases:
         raise InputError(f"{task.id} has no case in this folder; see what is missing: hilum bench check {task.id}")
     return task, found.cases

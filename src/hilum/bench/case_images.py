@@ -32,7 +32,7 @@ def data_pictures(
         if task not in known:
             known[task] = {}
             with contextlib.suppress(HilumError):  # a page does without pictures
-                known[task] = {hash_case(tasks[task], c, key): c for c in read_task(tasks[task], data)[1].cases}
+                known[task] = {hash_case(tasks[task], c, key): c for c in read_task(tasks[task], data).cases}
         found = known[task].get(case)
         if found is None:
             return None
