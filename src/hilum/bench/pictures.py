@@ -125,7 +125,7 @@ class Reliability:
 
 def reliability(panels: Sequence[Reliability], label: str) -> Figure:
     """Observed share against predicted probability; the diagonal is perfect, below it is over-confident."""
-    columns = min(max(len(panels), 2), 4)
+    columns = min(max(len(panels), 3), 4)
     rows = -(-len(panels) // columns)
     figure, places = _panels(rows, columns, WIDTH / columns + 0.25)
     for place, panel in zip(places.flat, panels):
