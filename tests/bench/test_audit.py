@@ -107,6 +107,18 @@ def test_blank_slices_all_look_alike_and_are_left_out(clean):
     assert find_leaks(clean, "t") == []
 
 
+def test_bodies_that_all_look_alike_are_no_copies_and_a_copy_among_them_is():
+    """One body with a little of its own in each patient."""
+    with Images() as images:
+        for n in range(60):
+            add(images, ("train", "test")[n % 2], f"case{n}", f"patient{n}", body(7) + 0.2 * (body(100 + n) + 1000))
+        assert find_leaks(images, "t") == []
+        pixels = body(7) + 0.2 * (body(100) + 1000)
+        add(images, "test", "copy", "other", pixels + np.random.default_rng(0).normal(0, 2, pixels.shape))
+        (found,) = find_leaks(images, "t")
+        assert found.examples == ("case0 (train) = copy (test)",)
+
+
 def test_a_store_that_has_seen_a_test_scan(tmp_path, clean):
     rows = []
     for n, voxels in enumerate((np.stack([body(s) for s in (900, 901, 902, 903)]), np.stack([body(2)] * 3))):

@@ -22,6 +22,7 @@ from hilum.terminal import Progress
 
 BLOCK = 256  # pairs compared, or rows of a product, at once
 MOST_EXAMPLES = 5
+STANDS_OUT = 0.2  # a copy is at least five times nearer to 1 than the likeness of any two patients
 PERMUTATIONS = 999
 NEIGHBOURS = 5
 
@@ -128,24 +129,37 @@ def _alike_slices(there: Images, here: Images, first: str, second: str, progress
         offered, asked = there.select(first, modality), here.select(second, modality)
         if not len(offered) or not len(asked):
             continue
-        done = 0
+        pairs, likenesses = [], []
         for rows, near, _ in nearest(here.waves, asked, there.waves, offered, CANDIDATES):
-            _compare(there, here, np.repeat(rows, near.shape[1]), near.ravel(), found)
-            done += len(rows)
+            pairs.append(np.stack([near, np.repeat(rows[:, None], near.shape[1], 1)], -1))
+            likenesses.append(_likenesses(there, here, pairs[-1]))
             if progress:
-                progress(done, len(asked), f"comparing {second} with {first}")
+                progress(sum(map(len, pairs)), len(asked), f"comparing {second} with {first}")
+        like = np.concatenate(likenesses)
+        for a, b in np.concatenate(pairs)[like >= _copy_from(like)]:
+            one, two = there.slices[a], here.slices[b]
+            if one.scan != two.scan and not (one.patient and one.patient == two.patient):  # told elsewhere
+                found.setdefault(two.owner, one.owner)
     return found
 
 
-def _compare(there: Images, here: Images, asked: Rows, near: Rows, found: dict[str, str]) -> None:
-    """Note owners of asked slices that are like their candidate; slices of one scan and one patient are told elsewhere."""
+def _copy_from(like: NDArray[np.float32]) -> float:
+    """The likeness from which slices count as copies: ALIKE, or more where all slices of a data set look alike.
+
+    like   (N, CANDIDATES) of each slice with its nearest ones. Hardly a slice has as many copies, so that the least like of
+           them tells how alike two patients are: 0.1 to 0.25 on three real sets, 0.9 among simple synthetic bodies
+    """
+    if like.shape[1] < CANDIDATES:
+        return ALIKE
+    return max(ALIKE, 1 - STANDS_OUT * (1 - float(np.median(like.min(1)))))
+
+
+def _likenesses(there: Images, here: Images, pairs: Rows) -> NDArray[np.float32]:
+    """(N, K) likeness of pairs (N, K, 2) of rows."""
+    flat = pairs.reshape(-1, 2)
     looks = there.looks, here.looks
-    for start in range(0, len(asked), BLOCK):
-        a, b = near[start : start + BLOCK], asked[start : start + BLOCK]
-        for n in np.flatnonzero(likeness(looks[0][a], looks[1][b]) >= ALIKE):
-            one, two = there.slices[a[n]], here.slices[b[n]]
-            if one.scan != two.scan and not (one.patient and one.patient == two.patient):
-                found.setdefault(two.owner, one.owner)
+    blocks = [flat[n : n + BLOCK] for n in range(0, len(flat), BLOCK)]
+    return np.concatenate([likeness(looks[0][b[:, 0]], looks[1][b[:, 1]]) for b in blocks]).reshape(pairs.shape[:2])
 
 
 def check_features(task: str, vectors: NDArray[np.float32]) -> list[Finding]:
