@@ -11,6 +11,7 @@ from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
 from hilum.archive.workers import default_num_workers
 from hilum.bench.phantom_scans import write_phantom_scans
+from hilum.bench.report import show_results
 from hilum.bench.run import BenchSettings, run_bench
 from hilum.bench.suites import choose_tasks
 from hilum.demo import demo
@@ -74,8 +75,10 @@ def bench(
 
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), or of a ledger or store, with the options of
-    `hilum.archive.doctor.overview.show`."""
+    """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), of results of a benchmark with the options of
+    `hilum.bench.report.show_results`, or of a ledger or store with those of `hilum.archive.doctor.overview.show`."""
     if (Path(thing) / "run.json").is_file():
         return show_run(thing, out)
+    if (Path(thing) / "results.json").is_file():
+        return show_results(thing, out, **options)
     return show_archive(thing, out, **options)

@@ -242,21 +242,40 @@ def inspect(
 
 @app.command()
 def show(
-    thing: Annotated[Path, typer.Argument(help="A run of hilum pretrain, a ledger from hilum scan, or a store.")],
+    thing: Annotated[
+        Path, typer.Argument(help="Results of hilum bench, a run of hilum pretrain, a ledger, or a store.")
+    ],
     out: Out,
-    archive: Annotated[Path | None, typer.Option(help="The folder that was scanned, for thumbnails.")] = None,
+    archive: Annotated[
+        Path | None, typer.Option(help="The folder that was scanned or benchmarked, for pictures.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Of results: the model that others are compared with.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Of results: also all scores as CSV.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Of results: also the tables as LaTeX.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """One HTML page: about a pre-training run, or about a whole archive."""
+    """One HTML page: about results of a benchmark, a pre-training run, or a whole archive."""
     if (thing / "run.json").is_file():
         from hilum.pretrain.watch.report import show_run
 
         told = show_run(thing, out)
         _print(told, as_json, f"{out}: {told['num_steps']:,} steps, {told['num_events']:,} events")
         return
-    from hilum.archive.doctor.overview import show as run
     from hilum.terminal import Reporter
+
+    if (thing / "results.json").is_file():
+        from hilum.bench.report import show_results
+
+        with Reporter(quiet) as progress:
+            told = show_results(thing, out, reference=reference, data=archive, csv=csv, latex=latex, progress=progress)
+        _print(
+            told,
+            as_json,
+            f"{out}: {told['num_scores']:,} scores, {told['num_models']} models, {told['num_tasks']} tasks",
+        )
+        return
+    from hilum.archive.doctor.overview import show as run
 
     with Reporter(quiet) as progress:
         counts = run(thing, out, archive=archive, progress=progress)

@@ -31,6 +31,7 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { white-space: pre-line; }
 th { color: var(--soft); font-weight: 600; } td.best { font-weight: 700; color: var(--accent); }
 figure { margin: .8rem 0 1.4rem; } figure img { max-width: 100%; height: auto; border-radius: 4px; display: block; }
 figcaption, .note { color: var(--soft); font-size: .88rem; margin-top: .45rem; max-width: 52rem; }
