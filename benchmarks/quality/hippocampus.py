@@ -19,9 +19,9 @@ from scipy import ndimage
 import hilum
 from hilum.archive.labels import read_labels
 from hilum.metrics import dice, hd95_mm
-from hilum.probe.dense_heads import SegmentationHead, count_classes
-from hilum.probe.localisation import LocalisationHead
-from hilum.probe.tokens import TokenSequence, features_tokens
+from hilum.probe.heads.dense import SegmentationHead, count_classes
+from hilum.probe.heads.localisation import LocalisationHead
+from hilum.probe.heads.tokens import TokenSequence, features_tokens
 from hilum.stats import bootstrap_interval
 from hilum.volume import Volume
 

@@ -14,8 +14,8 @@ import torch
 from measure import print_lines
 from torch.nn import functional
 
-from hilum.probe.descent import Descent, draw
-from hilum.probe.stacked import PROTOCOLS, StackedLinear
+from hilum.probe.heads.descent import Descent, draw
+from hilum.probe.heads.stacked import PROTOCOLS, StackedLinear
 
 
 def make_cases(num: int, width: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

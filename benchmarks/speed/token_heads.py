@@ -29,10 +29,10 @@ from measure import print_lines
 from torch import nn
 
 from hilum.encode.table.patches import Patches, write_patches
-from hilum.probe.attention_heads import QFormerHead
-from hilum.probe.lanes import fit_lanes
-from hilum.probe.task_loss import TaskLoss
-from hilum.probe.tokens import TokenFile, TokenSequence
+from hilum.probe.heads.attention import QFormerHead
+from hilum.probe.heads.lanes import fit_lanes
+from hilum.probe.heads.task_loss import TaskLoss
+from hilum.probe.heads.tokens import TokenFile, TokenSequence
 
 SEEDS, RATES = 3, (1e-4, 3e-4, 1e-3)
 

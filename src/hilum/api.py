@@ -10,10 +10,10 @@ from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
 from hilum.archive.workers import default_num_workers
-from hilum.bench.phantom_scans import write_phantom_scans
-from hilum.bench.report import show_results
-from hilum.bench.run import BenchSettings, run_bench
-from hilum.bench.suites import choose_tasks
+from hilum.bench.phantom.scans import write_phantom_scans
+from hilum.bench.report.page import show_results
+from hilum.bench.run.run import BenchSettings, run_bench
+from hilum.bench.run.suites import choose_tasks
 from hilum.demo import demo
 from hilum.encode.released.doctor import check_model as doctor
 from hilum.encode.released.export import export
@@ -47,11 +47,11 @@ def bench(
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Run encoders on tasks (`hilum.bench.run.run_bench`).
+    """Run encoders on tasks (`hilum.bench.run.run.run_bench`).
 
-    suite, tasks  of `hilum.bench.suites.choose_tasks`; the scans of the phantom are written to `data` where they are not
+    suite, tasks  of `hilum.bench.run.suites.choose_tasks`; the scans of the phantom are written to `data` where they are not
     protocols     none: full, and for the phantom few-shot:5 of its organs, too
-    settings      of `hilum.bench.run.BenchSettings`
+    settings      of `hilum.bench.run.run.BenchSettings`
     returns       results.json, and the rows of scores.parquet as "scores"
     """
     chosen = choose_tasks(suite, tasks)
@@ -76,7 +76,7 @@ def bench(
 
 def show(thing: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """One HTML page: of a run folder (`hilum.pretrain.watch.report.show_run`), of results of a benchmark with the options of
-    `hilum.bench.report.show_results`, or of a ledger or store with those of `hilum.archive.doctor.overview.show`."""
+    `hilum.bench.report.page.show_results`, or of a ledger or store with those of `hilum.archive.doctor.overview.show`."""
     if (Path(thing) / "run.json").is_file():
         return show_run(thing, out)
     if (Path(thing) / "results.json").is_file():

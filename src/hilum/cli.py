@@ -265,7 +265,7 @@ def show(
     from hilum.terminal import Reporter
 
     if (thing / "results.json").is_file():
-        from hilum.bench.report import show_results
+        from hilum.bench.report.page import show_results
 
         with Reporter(quiet) as progress:
             told = show_results(thing, out, reference=reference, data=archive, csv=csv, latex=latex, progress=progress)

@@ -32,7 +32,7 @@ def _print(result: Any, as_json: bool, text: str) -> None:
 @bench_app.command("list")
 def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
     """The tasks, with kind, unit, metric and chance."""
-    from hilum.bench.suites import all_tasks, choose_tasks
+    from hilum.bench.run.suites import all_tasks, choose_tasks
     from hilum.settings import to_dict
     from hilum.terminal import format_table
 
@@ -90,7 +90,7 @@ def check(
 ) -> None:
     """Is the data of a task there and well-formed? Exit code 3 when nothing can be used, 4 when something is missing."""
     from hilum.bench.check import describe
-    from hilum.bench.suites import choose_tasks, open_task, task_folder
+    from hilum.bench.run.suites import choose_tasks, open_task, task_folder
     from hilum.settings import to_dict
     from hilum.terminal import Reporter
 
@@ -121,7 +121,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Two models on the same cases: a sentence, and a table with paired intervals and tests."""
-    from hilum.bench.compare import compare_results
+    from hilum.bench.judge.compare import compare_results
     from hilum.terminal import Reporter
 
     with Reporter(quiet) as progress:
@@ -149,8 +149,8 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Patients, scans and slices on two sides of a split, or in pre-training and test. Exit code 4 when something leaks."""
-    from hilum.bench.audit_run import audit as look
-    from hilum.bench.suites import choose_tasks
+    from hilum.bench.audit.run import audit as look
+    from hilum.bench.run.suites import choose_tasks
     from hilum.terminal import Reporter
 
     tasks = [t for t in choose_tasks(suite, task or ()) if not isinstance(t, Path)]
@@ -172,7 +172,7 @@ def reproduce(
     quiet: Quiet = False,
 ) -> None:
     """Published against ours, with intervals and the likely reasons of a gap."""
-    from hilum.bench.reproduce import reproduce as beside
+    from hilum.bench.report.reproduce import reproduce as beside
     from hilum.terminal import Reporter
 
     if data is not None:

@@ -16,7 +16,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from hilum.bench.class_names import (
+from hilum.bench.catalogue.class_names import (
     CT_RATE_18,
     MERLIN_30,
     TOTALSEGMENTATOR_104,

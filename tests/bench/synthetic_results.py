@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from hilum.bench.predictions import SCHEMA, write_predictions
-from hilum.bench.scores import write_scores
+from hilum.bench.run.scores import write_scores
 from hilum.bench.task import Task
 from hilum.records import versions, write_json
 from hilum.settings import to_dict

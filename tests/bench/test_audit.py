@@ -10,9 +10,9 @@ from scipy import ndimage
 
 from hilum.archive.store.index import index_path, write_index
 from hilum.archive.store.store import Store, write_header, write_volume
-from hilum.bench.audit import check_features, check_labels, find_leaks
-from hilum.bench.audit_images import Images, Scan, Slice, add_store, slice_hash
-from hilum.bench.fingerprints import ALIKE, likeness, look, nearest
+from hilum.bench.audit.find import check_features, check_labels, find_leaks
+from hilum.bench.audit.fingerprints import ALIKE, likeness, look, nearest
+from hilum.bench.audit.images import Images, Scan, Slice, add_store, slice_hash
 from hilum.volume import Volume
 
 

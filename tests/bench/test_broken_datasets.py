@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hilum.bench.catalogue.tasks import TASKS
 from hilum.bench.datasets import read_cases
-from hilum.bench.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 import publishers as made

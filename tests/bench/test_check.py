@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hilum.bench.catalogue import catalogue
+from hilum.bench.catalogue.describe import catalogue
+from hilum.bench.catalogue.published import all_published, published_scores
+from hilum.bench.catalogue.tasks import DATASETS, SUITES, TASKS, find_task, suite_tasks
 from hilum.bench.check import check_task
 from hilum.bench.datasets.pickles import read_array
-from hilum.bench.published import all_published, published_scores
-from hilum.bench.tasks import DATASETS, SUITES, TASKS, find_task, suite_tasks
 from hilum.errors import ScanRefused, UsageError
 from hilum.metrics import METRICS
 
@@ -85,7 +85,7 @@ def test_the_table_of_tasks_has_no_gaps() -> None:
 
 
 def test_listing_tasks_loads_nothing_heavy() -> None:
-    code = "import sys, hilum.bench.tasks; print(sorted({'torch', 'numpy', 'pyarrow', 'scipy'} & sys.modules.keys()))"
+    code = "import sys, hilum.bench.catalogue.tasks; print(sorted({'torch', 'numpy', 'pyarrow', 'scipy'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -113,7 +113,7 @@ def test_published_numbers() -> None:
 
 
 def test_published_numbers_are_those_of_the_facts() -> None:
-    path = Path(__file__).parents[2] / "src" / "hilum" / "bench" / "published.csv"
+    path = Path(__file__).parents[2] / "src" / "hilum" / "bench" / "catalogue" / "published.csv"
     with open(path, newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == 476
@@ -162,7 +162,7 @@ def test_a_task_of_a_data_set_without_a_reader() -> None:
 
 
 def test_the_page_of_tasks_is_up_to_date() -> None:
-    """To renew it, write `hilum.bench.catalogue.catalogue()` from "## The tasks" on."""
+    """To renew it, write `hilum.bench.catalogue.describe.catalogue()` from "## The tasks" on."""
     page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
     assert page[page.index("## The tasks") :] == catalogue()
     shown = page[page.index("    [task]") : page.index("| setting of")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hilum.bench.compare import compare_results
+from hilum.bench.judge.compare import compare_results
 from hilum.bench.predictions import write_predictions
 from hilum.errors import InputError, UsageError
 from hilum.metrics import auroc

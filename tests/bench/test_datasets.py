@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from hilum.bench.catalogue.tasks import DATASETS, TASKS
 from hilum.bench.datasets import READERS, read_cases, read_region, read_scan, read_truth, source_hash
 from hilum.bench.task import Case
-from hilum.bench.tasks import DATASETS, TASKS
 from hilum.volume import orient
 
 sys.path.insert(0, str(Path(__file__).parent))

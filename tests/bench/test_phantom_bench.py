@@ -8,9 +8,9 @@ import pytest
 
 import hilum
 from hilum.archive.labels import read_labels
-from hilum.bench.phantom import FINDINGS, ORGAN_CLASSES, PHANTOM_TASKS, read_phantom
-from hilum.bench.phantom_scans import SOLID, PhantomSettings, write_phantom_scans
-from hilum.bench.scans import CaseReader
+from hilum.bench.phantom.scans import SOLID, PhantomSettings, write_phantom_scans
+from hilum.bench.phantom.tasks import FINDINGS, ORGAN_CLASSES, PHANTOM_TASKS, read_phantom
+from hilum.bench.run.scans import CaseReader
 from hilum.errors import InputError
 from hilum.records import read_json, sha256_file
 

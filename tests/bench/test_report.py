@@ -15,7 +15,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 from sklearn.metrics import roc_curve as sklearn_roc
 
-from hilum.bench.arrays import (
+from hilum.bench.report.arrays import (
     Rows,
     confusion_counts,
     kaplan_meier,
@@ -25,10 +25,10 @@ from hilum.bench.arrays import (
     roc_curve,
     worst_cases,
 )
-from hilum.bench.report import show_results
-from hilum.bench.reproduce import reproduce
-from hilum.bench.results import read_results
-from hilum.bench.tables import Cell, average, board_latex, make_board, same_model, text_of
+from hilum.bench.report.page import show_results
+from hilum.bench.report.reproduce import reproduce
+from hilum.bench.report.results import read_results
+from hilum.bench.report.tables import Cell, average, board_latex, make_board, same_model, text_of
 from hilum.errors import InputError, UsageError
 from hilum.records import read_json, write_json
 

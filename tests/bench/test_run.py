@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from hilum.archive.labels import read_labels
-from hilum.bench import run as runner
-from hilum.bench.features import FeatureCache
-from hilum.bench.phantom import PHANTOM_TASKS
-from hilum.bench.phantom_scans import PhantomSettings, write_phantom_scans
+from hilum.bench.phantom.scans import PhantomSettings, write_phantom_scans
+from hilum.bench.phantom.tasks import PHANTOM_TASKS
 from hilum.bench.predictions import read_predictions
-from hilum.bench.protocols import cross_tasks, expand_protocols, make_trials
-from hilum.bench.retrieval import recalls
-from hilum.bench.run import BenchSettings, run_bench
-from hilum.bench.suites import choose_tasks, open_task
+from hilum.bench.run import run as runner
+from hilum.bench.run.features import FeatureCache
+from hilum.bench.run.protocols import cross_tasks, expand_protocols, make_trials
+from hilum.bench.run.retrieval import recalls
+from hilum.bench.run.run import BenchSettings, run_bench
+from hilum.bench.run.suites import choose_tasks, open_task
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import pixel_encoder, write_encoder
 from hilum.encode.shape import ViTConfig
@@ -97,7 +97,7 @@ def test_the_same_command_keeps_what_is_finished(tmp_path, root, monkeypatch):
     (out / "scores.parquet").unlink()
     seen = []
     monkeypatch.setattr(runner, "fit_trials", lambda *a, **k: seen.append(1) or _fit(*a, **k))
-    monkeypatch.setattr("hilum.bench.features.encode_scans", _never)
+    monkeypatch.setattr("hilum.bench.run.features.encode_scans", _never)
     second = run_bench(tasks_of("age", "haemorrhage"), ["pixels"], root, out, QUICK)
     assert len(seen) == 1
     assert scores_of(first) == scores_of(second)
@@ -162,7 +162,7 @@ def test_planted_faults_score_as_chance(tmp_path, root, monkeypatch, fault):
         targets = rng.permutation([case.target[0] for case in found.cases])
         found = replace(found, cases=tuple(replace(c, target=(t,)) for c, t in zip(found.cases, targets)))
     else:
-        from hilum.bench.features import CaseFeatures
+        from hilum.bench.run.features import CaseFeatures
 
         draw = {"constant features": np.ones, "random features": rng.standard_normal}[fault]
         monkeypatch.setattr(CaseFeatures, "vectors", lambda self, pooling: draw((len(self.rows), 8)).astype(np.float32))

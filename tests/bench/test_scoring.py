@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from hilum.bench.judge.scoring import score_predictions
 from hilum.bench.predictions import read_predictions, write_predictions
-from hilum.bench.scoring import score_predictions
 from hilum.errors import InputError, UsageError
 from hilum.metrics import auroc, dice_per_case, macro_auroc
 from hilum.records import read_table, write_table

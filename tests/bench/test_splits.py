@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hilum.archive.privacy import Key
+from hilum.bench.catalogue.tasks import TASKS
 from hilum.bench.splits import hash_case, read_split, split_cases, split_text, write_split
 from hilum.bench.task import Case, Source
-from hilum.bench.tasks import TASKS
 from hilum.errors import InputError
 
 TASK = TASKS["curiabench-2d:O1"]

@@ -7,8 +7,8 @@ from sklearn.exceptions import NotFittedError
 
 from hilum.encode.table.patches import Patches
 from hilum.errors import UsageError
-from hilum.probe.attention_heads import AttentionHead, QFormerHead
-from hilum.probe.tokens import TokenSequence, case_tokens
+from hilum.probe.heads.attention import AttentionHead, QFormerHead
+from hilum.probe.heads.tokens import TokenSequence, case_tokens
 
 SMALL = {"seeds": 2, "learning_rates": (1e-3, 1e-2), "epochs": 8, "batch_size": 8}
 MADE = {

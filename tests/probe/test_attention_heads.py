@@ -8,10 +8,10 @@ from torch import nn
 
 from hilum.encode.table.patches import Patches
 from hilum.errors import ContractError, UsageError
-from hilum.probe.attention_heads import AttentionHead, CuriaPooling, OneQuery, slice_codes
-from hilum.probe.curia_heads import CuriaHead, HeadSettings
-from hilum.probe.lanes import Draws
-from hilum.probe.tokens import TokenSequence, case_tokens
+from hilum.probe.heads.attention import AttentionHead, CuriaPooling, OneQuery, slice_codes
+from hilum.probe.heads.curia import CuriaHead, HeadSettings
+from hilum.probe.heads.lanes import Draws
+from hilum.probe.heads.tokens import TokenSequence, case_tokens
 
 RNG = np.random.default_rng(2)
 D = 8
@@ -178,7 +178,7 @@ def test_dropout_by_case_is_the_same_network_with_masked_units():
 
 
 def test_long_cases_are_averaged_by_plane_before_a_self_block(monkeypatch):
-    monkeypatch.setattr("hilum.probe.attention_heads.MOST_SELF", 8)
+    monkeypatch.setattr("hilum.probe.heads.attention.MOST_SELF", 8)
     X, y = sequence(RAGGED * 2), np.arange(8) % 2
     head = AttentionHead(seeds=1, epochs=1, learning_rates=(0.1,)).fit(X, y)
     assert head.pooled_

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hilum.archive.one import read
 from hilum.errors import ContractError, UsageError
-from hilum.probe.curia_heads import choose_slices, read_head
+from hilum.probe.heads.curia import choose_slices, read_head
 from hilum.volume import Volume
 
 transformers = pytest.importorskip("transformers", reason="pip install 'hilum[hf]'")

@@ -9,9 +9,9 @@ from torch import nn
 from hilum.encode.table.patches import Patches
 from hilum.errors import ContractError, GeometryError, UsageError
 from hilum.metrics import dice
-from hilum.probe.dense_heads import Decoder, SegmentationHead, count_classes, finer_affine, on_scan, truth_on_grid
-from hilum.probe.localisation import AttentionLocaliser, LightLocaliser, LocalisationHead
-from hilum.probe.tokens import TokenSequence, case_tokens
+from hilum.probe.heads.dense import Decoder, SegmentationHead, count_classes, finer_affine, on_scan, truth_on_grid
+from hilum.probe.heads.localisation import AttentionLocaliser, LightLocaliser, LocalisationHead
+from hilum.probe.heads.tokens import TokenSequence, case_tokens
 from hilum.volume import Volume
 
 RNG = np.random.default_rng(4)
@@ -82,7 +82,7 @@ def test_logits_on_the_scan_are_linear_between_cells(monkeypatch):
     index = np.stack(np.meshgrid(*map(np.arange, scan.shape), np.array([1.0]), indexing="ij"), -1)[..., 0, :]
     expected = (index @ scan.affine.T)[..., :3] @ slope
     for slab in (10**9, 400):
-        monkeypatch.setattr("hilum.probe.dense_heads.SLAB", slab)
+        monkeypatch.setattr("hilum.probe.heads.dense.SLAB", slab)
         parts = list(on_scan(logits, affine, scan))
         assert [p.start for p, _ in parts] == [0, *[p.stop for p, _ in parts[:-1]]]
         whole = torch.cat([part for _, part in parts], 2)

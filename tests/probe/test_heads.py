@@ -3,8 +3,8 @@ import pytest
 
 from hilum.errors import UsageError
 from hilum.probe.heads import make_head
-from hilum.probe.knn import KNNProbe
-from hilum.probe.linear import FIXED_STRENGTH, STRENGTHS, LinearProbe
+from hilum.probe.heads.knn import KNNProbe
+from hilum.probe.heads.linear import FIXED_STRENGTH, STRENGTHS, LinearProbe
 
 RNG = np.random.default_rng(0)
 

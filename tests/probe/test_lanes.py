@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from hilum.errors import TrainingDiverged, UsageError
-from hilum.probe.lanes import Data, Draws, LaneSettings, ModuleNetwork, fit_lanes, run_lanes
-from hilum.probe.losses import cox_loss
-from hilum.probe.task_loss import TaskLoss
-from hilum.probe.tokens import plan_batches
+from hilum.probe.heads.lanes import Data, Draws, LaneSettings, ModuleNetwork, fit_lanes, run_lanes
+from hilum.probe.heads.losses import cox_loss
+from hilum.probe.heads.task_loss import TaskLoss
+from hilum.probe.heads.tokens import plan_batches
 
 RNG = np.random.default_rng(1)
 X = torch.from_numpy(RNG.normal(size=(40, 6)).astype(np.float32))

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional
 
 from hilum.metrics import c_index
-from hilum.probe.losses import CaseLoss, CoxLoss
-from hilum.probe.mlp import MLPHead, first_weights, train_mlps
-from hilum.probe.survival import partial_likelihood
+from hilum.probe.heads.losses import CaseLoss, CoxLoss
+from hilum.probe.heads.mlp import MLPHead, first_weights, train_mlps
+from hilum.probe.heads.survival import partial_likelihood
 
 RNG = np.random.default_rng(0)
 N, D, W, C = 50, 5, 8, 3

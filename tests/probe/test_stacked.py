@@ -7,9 +7,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch.nn import functional
 
 from hilum.errors import UsageError
-from hilum.probe.descent import Descent, descend, draw
-from hilum.probe.losses import CaseLoss
-from hilum.probe.stacked import StackedLinear
+from hilum.probe.heads.descent import Descent, descend, draw
+from hilum.probe.heads.losses import CaseLoss
+from hilum.probe.heads.stacked import StackedLinear
 
 RNG = np.random.default_rng(0)
 N, D, C = 150, 7, 4  # the last batch of 64 has 22 cases

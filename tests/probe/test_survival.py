@@ -5,7 +5,7 @@ import pytest
 
 from hilum.errors import UsageError
 from hilum.metrics import c_index
-from hilum.probe.survival import CoxHead, _derivatives, fit_cox, partial_likelihood, risk_sets
+from hilum.probe.heads.survival import CoxHead, _derivatives, fit_cox, partial_likelihood, risk_sets
 
 RNG = np.random.default_rng(0)
 

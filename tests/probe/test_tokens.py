@@ -13,7 +13,7 @@ import torch
 from hilum.encode.regions import curia_cells
 from hilum.encode.table.patches import Patches, write_patches
 from hilum.errors import GeometryError, InputError, UsageError
-from hilum.probe.tokens import (
+from hilum.probe.heads.tokens import (
     CaseTokens,
     TokenFile,
     TokenSequence,

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hilum.bench.catalogue.published import published_scores
+from hilum.bench.catalogue.tasks import DATASETS
 from hilum.bench.datasets import dataset_folder, read_cases
-from hilum.bench.published import published_scores
 from hilum.bench.task import Case, Dataset, Found, Problem, Task
-from hilum.bench.tasks import DATASETS
 from hilum.errors import EXIT_DONE, EXIT_INPUT_REFUSED, EXIT_SOME_LEFT_OUT
 from hilum.terminal import WIDTH, Progress, format_table, wrap_row
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key
 from hilum.errors import LabelsError, UsageError
-from hilum.probe.head import Head, Task
 from hilum.probe.heads import make_head
+from hilum.probe.heads.head import Head, Task
 from hilum.probe.labels import IDENTIFIERS, Cases, Features, match_cases, read_features, read_labels
 from hilum.probe.result import ProbeResult, score, score_folds
 from hilum.probe.split import Units, find_units, make_folds

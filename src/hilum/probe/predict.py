@@ -13,7 +13,7 @@ from hilum.encode.features import encode_volume
 from hilum.encode.items import How
 from hilum.encode.zoo import load_encoder
 from hilum.errors import UsageError
-from hilum.probe.curia_heads import read_head
+from hilum.probe.heads.curia import read_head
 from hilum.probe.saved import SavedHead, load_head
 from hilum.records import read_json
 from hilum.volume import Volume

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hilum.errors import LabelsError, UsageError
 from hilum.metrics import METRICS, Metric
-from hilum.probe.head import Task
+from hilum.probe.heads.head import Task
 from hilum.stats import NUM_RESAMPLES, Difference, Interval, bootstrap_interval, paired_difference
 
 Array = NDArray[Any]

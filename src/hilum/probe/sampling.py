@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hilum.errors import LabelsError, UsageError
-from hilum.probe.head import Array, Task
+from hilum.probe.heads.head import Array, Task
 
 Rows = NDArray[np.intp]
 

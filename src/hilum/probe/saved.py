@@ -25,8 +25,8 @@ from scipy.special import expit, logit, softmax
 from hilum.encode.encoder import Encoder
 from hilum.errors import ContractError, InputError, UsageError
 from hilum.probe.calibration import apply_temperature
-from hilum.probe.head import Array, Head
-from hilum.probe.linear import LinearProbe
+from hilum.probe.heads.head import Array, Head
+from hilum.probe.heads.linear import LinearProbe
 from hilum.records import hash_file, read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import differences, to_dict
 
@@ -55,7 +55,7 @@ class SavedHead:
         return tuple(self.record["classes"])
 
     def outputs(self, X: Any) -> NDArray[np.float32]:
-        """(S, N, O) as `hilum.probe.head.Head.outputs`: before the temperature."""
+        """(S, N, O) as `hilum.probe.heads.head.Head.outputs`: before the temperature."""
         X, t = np.asarray(X, dtype=np.float64), self.tensors
         if X.ndim != 2 or X.shape[1] != self.record["num_features"]:
             raise ContractError(f"the head takes {self.record['num_features']} features; found {X.shape[1:]}")

@@ -19,7 +19,7 @@ from hilum.archive.files import image
 from hilum.archive.files.values import scaled
 from hilum.archive.labels import read_labels
 from hilum.archive.one import read
-from hilum.bench.class_names import TOTALSEGMENTATOR_104, TOTALSEGMENTATOR_117, TOTALSEGMENTATOR_MR_56
+from hilum.bench.catalogue.class_names import TOTALSEGMENTATOR_104, TOTALSEGMENTATOR_117, TOTALSEGMENTATOR_MR_56
 from hilum.bench.datasets.analyze import read_analyze
 from hilum.bench.datasets.grids import Grid, image_header, turned_grid
 from hilum.bench.datasets.hub_files import read_hub_image, read_hub_mask

@@ -16,8 +16,8 @@ from hilum.encode.contract import Contract, prepare_slice
 from hilum.errors import LabelsError
 from hilum.metrics import auroc, r2
 from hilum.probe.fit import choose_task
-from hilum.probe.head import Task
-from hilum.probe.knn import KNNProbe
+from hilum.probe.heads.head import Task
+from hilum.probe.heads.knn import KNNProbe
 from hilum.probe.labels import Features, Labels, match_cases, read_labels
 
 MAX_SLICES = 512

@@ -1,0 +1,1 @@
+"""Leaks: patients, copies and look-alikes across splits and stores."""

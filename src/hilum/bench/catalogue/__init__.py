@@ -1,0 +1,1 @@
+"""The tasks and data sets that papers publish, as plain data."""

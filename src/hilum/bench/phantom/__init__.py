@@ -1,0 +1,1 @@
+"""The phantom benchmark: its scans and its tasks."""

@@ -1,0 +1,1 @@
+"""Tasks × encoders × heads → predictions and scores."""

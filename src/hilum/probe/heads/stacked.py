@@ -1,0 +1,206 @@
+"""Linear heads of several seeds and learning rates, fitted in one pass; the learning rate is chosen on validation cases."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hilum.encode.encoder import pick_device
+from hilum.errors import UsageError
+from hilum.probe.heads.descent import Descent, descend
+from hilum.probe.heads.head import (
+    Array,
+    Head,
+    Task,
+    Validation,
+    check_targets,
+    check_task,
+    check_vectors,
+    hold_out,
+)
+from hilum.probe.heads.losses import ACTIVATIONS, activate, choice_loss, make_target
+
+HALF_FROM = 1 << 18  # weights of one seed; smaller products are as quick in float32
+LEAST_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a head is trained, where the caller does not say.
+
+    standardise     features to mean 0 and variance 1 / D over the training rows, so that a row has length 1 and one grid of
+                    rates fits all widths; targets of regression to mean 0 and variance 1. Else raw
+    rates, epochs   of the search and of the training; None: 20 epochs, or more where these make less than LEAST_STEPS steps
+    per_256         rates are meant for batches of 256 and applied as rate · batch / 256
+    clip, floor     `hilum.probe.heads.descent.Descent`
+    """
+
+    standardise: bool
+    rates: tuple[float, ...]
+    epochs: int | None
+    per_256: bool
+    clip: float | None
+    floor: bool
+
+
+PROTOCOLS = {
+    "hilum": Protocol(
+        standardise=True,
+        rates=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
+        epochs=None,
+        per_256=False,
+        clip=None,
+        floor=False,
+    ),
+    # Raidium's public trainer; rates and epochs are those of its shipped configurations and their middle.
+    "curia": Protocol(
+        standardise=False,
+        rates=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02),
+        epochs=50,
+        per_256=True,
+        clip=1.0,
+        floor=True,
+    ),
+}
+
+
+class StackedLinear(Head):
+    """Linear heads by SGD: softmax, one logistic output a label, or least squares.
+
+    task            "classification", "multilabel" or "regression"
+    seeds           heads, each with its own first weights and order of cases
+    learning_rates  to choose from; None: the protocol's
+    epochs          None: the protocol's
+    batch_size      cases of a step
+    protocol        "hilum" or "curia" (`PROTOCOLS`)
+    class_weight    "balanced": classes weigh N / (C · n_c), positives of a label n₋ / n₊; None: cases weigh the same
+    precision       "float32", or "auto": products in bfloat16 where the device is fast in it, the head is large, and outputs
+                    are probabilities
+    device          auto, cpu, cuda or cuda:N
+    seed            the first; it also draws the cases held out when no validation cases are given
+
+    One learning rate is chosen for all seeds: that with the lowest loss on the validation cases, mean over seeds (log-loss,
+    binary log-loss, squared error). The weights of the last step are kept. Unknown labels (NaN) have no gradient.
+    After fitting: `learning_rate_`, `validation_loss_` (S, R) or None, `weights_` (S, D, C) and `biases_` (S, C) for raw
+    features, of the learning rate chosen.
+    """
+
+    tasks: ClassVar[tuple[Task, ...]] = ("classification", "multilabel", "regression")
+
+    def __init__(
+        self,
+        task: Task = "classification",
+        seeds: int = 5,
+        learning_rates: tuple[float, ...] | None = None,
+        epochs: int | None = None,
+        batch_size: int = 64,
+        protocol: str = "hilum",
+        class_weight: str | None = None,
+        precision: str = "auto",
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.task = task
+        self.seeds = seeds
+        self.learning_rates = learning_rates
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.protocol = protocol
+        self.class_weight = class_weight
+        self.precision = precision
+        self.device = device
+        self.seed = seed
+
+    def fit(self, X: Any, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:
+        """As every head."""
+        protocol = self._check()
+        X = check_vectors(X, np.float32)
+        y = check_targets(y, self.task, len(X))
+        if self.task == "classification":
+            self.classes_ = np.unique(y)
+        rates = tuple(self.learning_rates or protocol.rates)
+        self.validation_loss_: Array | None = None
+        self.learning_rate_ = rates[len(rates) // 2]
+        if len(rates) == 1:
+            self._keep(self._train(X, y, rates), 0)
+        elif validation is not None:
+            trained = self._train(X, y, rates)
+            self._keep(trained, self._choose(trained, rates, *validation))
+        else:
+            train, held = hold_out(y, self.task, groups, self.seed)
+            if len(held):
+                self._choose(self._train(X[train], y[train], rates), rates, X[held], y[held])
+            self._keep(self._train(X, y, (self.learning_rate_,)), 0)
+        self.n_features_in_ = X.shape[1]
+        return self
+
+    def _check(self) -> Protocol:
+        check_task(self)
+        if self.protocol not in PROTOCOLS:
+            raise UsageError(f"unknown protocol '{self.protocol}'; known: {', '.join(PROTOCOLS)}")
+        if self.class_weight not in (None, "balanced") or self.precision not in ("auto", "float32"):
+            raise UsageError(f"class_weight '{self.class_weight}', precision '{self.precision}': expected None or balanced, "
+                             "and auto or float32")  # fmt: skip
+        if self.seeds < 1 or self.batch_size < 1 or (self.epochs is not None and self.epochs < 1):
+            raise UsageError(f"expected at least one seed, epoch and case a batch; found {self.seeds} seeds, "
+                             f"{self.epochs} epochs, batches of {self.batch_size}")  # fmt: skip
+        return PROTOCOLS[self.protocol]
+
+    def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """Weights (S, R, D, C) and biases (S, R, C) for raw features and targets."""
+        protocol, device = PROTOCOLS[self.protocol], pick_device(self.device)
+        mean, scale = np.zeros(X.shape[1]), np.ones(X.shape[1])
+        if protocol.standardise:
+            mean, scale = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+            scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, np.inf) * math.sqrt(X.shape[1])  # ∞: constant
+        classes = self.classes_ if self.task == "classification" else None
+        target = make_target(
+            self.task, y, classes, device, standardise=protocol.standardise, class_weight=self.class_weight
+        )
+        steps = math.ceil(len(X) / self.batch_size)
+        descent = Descent(
+            rates=tuple(rate * self.batch_size / 256 if protocol.per_256 else rate for rate in rates),
+            epochs=self.epochs or protocol.epochs or max(20, math.ceil(LEAST_STEPS / steps)),
+            batch_size=self.batch_size,
+            clip=protocol.clip,
+            floor=protocol.floor,
+            half=self._halve(X.shape[1] * len(rates) * target.num_outputs, device),
+        )
+        rows = torch.from_numpy(((X - mean) / scale).astype(np.float32)).to(device)
+        seeds = range(self.seed, self.seed + self.seeds)
+        trained = descend(rows, target.loss, target.num_outputs, descent, seeds)
+        weights, biases = (part.cpu().double() for part in trained)
+        weights = weights / torch.from_numpy(scale)[:, None]
+        biases = biases - torch.einsum("srdo,d->sro", weights, torch.from_numpy(mean))
+        return (weights * target.spread).float(), (biases * target.spread + target.offset).float()
+
+    def _halve(self, size: int, device: torch.device) -> bool:
+        if self.precision != "auto" or self.task == "regression" or size < HALF_FROM:
+            return False
+        if device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+    def _choose(self, trained: tuple[Tensor, Tensor], rates: tuple[float, ...], X: Any, y: Any) -> int:
+        X = torch.from_numpy(check_vectors(X, np.float32))
+        weights, biases = trained
+        classes = self.classes_ if self.task == "classification" else None
+        losses = np.empty(weights.shape[:2])
+        for s, r in np.ndindex(*losses.shape):
+            losses[s, r] = choice_loss(self.task, torch.addmm(biases[s, r], X, weights[s, r]), y, classes)
+        self.validation_loss_ = losses
+        best = int(losses.mean(axis=0).argmin())
+        self.learning_rate_ = rates[best]
+        return best
+
+    def _keep(self, trained: tuple[Tensor, Tensor], rate: int) -> None:
+        self.weights_, self.biases_ = (part[:, rate].contiguous().numpy() for part in trained)
+
+    def _outputs(self, X: Any) -> Array:
+        rows = check_vectors(X, np.float32)
+        logits = torch.from_numpy(np.matmul(rows, self.weights_) + self.biases_[:, None])
+        found: Array = activate(ACTIVATIONS[self.task], logits).numpy()
+        return found
