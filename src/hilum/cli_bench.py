@@ -196,20 +196,21 @@ def _pairs(given: list[str] | None) -> dict[str, str]:
 
 
 def _results_text(result: dict[str, Any]) -> str:
-    """One line a score, at most 100 columns, and all that was left out."""
+    """A table for each model, at most 100 columns, and all that was left out."""
     from hilum.terminal import format_table, wrap_row
 
-    several = len({(s["features"], s["head"], s["protocol"]) for s in result["scores"]}) > 1
-    columns = ["task", "model", *(["how"] if several else []), "metric", "value", "95 % interval", "chance"]
-    rows = []
-    for s in result["scores"]:
-        how = " ".join(part for part in (s["head"], "" if s["protocol"] == "full" else s["protocol"]) if part)
-        interval = "" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
-        chance = "" if s["chance"] is None else f"{s['chance']:.3f}"
-        rows.append([s["task"], s["model"], *([how] if several else []), s["metric"], s["value"], interval, chance])
-    lines = [format_table(columns, rows)]
+    scores = result["scores"]
+    lines = []
+    for model in dict.fromkeys(s["model"] for s in scores):
+        rows = []
+        for s in (s for s in scores if s["model"] == model):
+            how = " ".join(part for part in (s["head"], "" if s["protocol"] == "full" else s["protocol"]) if part)
+            interval = "" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
+            chance = "" if s["chance"] is None else f"{s['chance']:.3f}"
+            rows.append([s["task"], how, s["metric"], s["value"], interval, chance])
+        lines += [model, format_table(["task", "how", "metric", "value", "95 % interval", "chance"], rows), ""]
     for row in result["left_out"]:
         text = f"left out: {row['cases']:,} cases of {row['task']} on {row['model']}: {row['reason']}"
         lines.append(wrap_row([], [], text))
-    lines.append(f"{len(rows)} scores after {result['seconds']:.0f} s. A page: hilum show RESULTS -o page.html")
+    lines.append(f"{len(scores)} scores after {result['seconds']:.0f} s. A page: hilum show RESULTS -o page.html")
     return "\n".join(lines)

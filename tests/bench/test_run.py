@@ -74,7 +74,7 @@ def test_a_task_of_every_kind_is_run_and_scored(tmp_path, root, encoder_folder):
 
 def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder):
     """Localisation and segmentation; the true voxels of a class are those of the label map."""
-    write_phantom_scans(tmp_path / "phantom", replace(SMALL, num_patients=8, num_heads=1, num_slices=8))
+    write_phantom_scans(tmp_path / "phantom", replace(SMALL, num_patients=36, num_heads=1, num_slices=8))
     tasks = tasks_of("lesion-centre", "solid-organs")
     result = run_bench(tasks, [str(encoder_folder)], tmp_path, tmp_path / "out", replace(QUICK, seeds=1))
     assert [s["kind"] for s in result["scores"]] == ["localisation", "segmentation"]
