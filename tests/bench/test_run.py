@@ -22,6 +22,7 @@ from hilum.encode.contract import Contract
 from hilum.encode.encoder import pixel_encoder, write_encoder
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import ViT
+from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import InputError, UsageError
 from hilum.records import read_json, read_table, table_metadata
 
@@ -86,6 +87,30 @@ def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder):
         labels = read_labels(case.region.source.path, None).volume.voxels
         expected.add(tuple(float((labels == n).sum()) for n in range(1, len(task.classes) + 1)))
     assert {tuple(row) for row in table["target"].to_pylist()} <= expected
+
+
+def test_blocks_of_volumes_stand_beside_whole_volumes(tmp_path, root):
+    """An encoder of volumes that sees 27 patches at once; one of slices has no such protocol, and says so."""
+    torch.manual_seed(0)
+    contract = VolumeContract(background_px=0, patch=(8, 8, 8), min_spacing_mm=8.0)
+    config = ViTConfig(size="48x1x2-mlp96", patch=(8, 8, 8), image=(16, 16, 16), positions="rotary")
+    write_encoder(tmp_path / "encoder", ViT(config), contract, {"recipe": "volumes", "step": 0})
+    settings = replace(QUICK, seeds=1, protocols=("full", "chunked:27"), allow_missing=True)
+    result = run_bench(
+        tasks_of("findings", "age"), [str(tmp_path / "encoder"), "pixels"], root, tmp_path / "out", settings
+    )
+    left = {(row["task"], row["reason"].split(";")[0]) for row in result["left_out"] if row["model"] == "pixels"}
+    assert left == {(f"phantom:{name}", "encodes slices") for name in ("findings", "age")}
+    assert "phantom:age" in {row["task"] for row in result["left_out"] if row["model"] != "pixels"}  # single slices
+    found = {
+        s["protocol"]: s["file"]
+        for s in result["scores"]
+        if (s["task"], s["model"]) == ("phantom:findings", "volumes@0")
+    }
+    whole, blocks = (read_predictions(tmp_path / "out" / "predictions" / found[p]) for p in ("full", "chunked:27"))
+    assert whole["case"].equals(blocks["case"])
+    differences = np.abs(np.array(whole["output"].to_pylist()) - np.array(blocks["output"].to_pylist()))
+    assert 0 < differences.max() < 1
 
 
 def test_the_same_command_keeps_what_is_finished(tmp_path, root, monkeypatch):

@@ -35,22 +35,23 @@ class Part(NamedTuple):
 
 
 def encode_prepared(
-    encoder: Encoder, prepared: PreparedVolume, overlap: int = OVERLAP
+    encoder: Encoder, prepared: PreparedVolume, overlap: int = OVERLAP, most: int | None = None
 ) -> tuple[Tokens, tuple[str, ...]]:
     """Encode a volume in as few blocks as memory allows: one, where it can. Also says what was done, when it was not one.
+
+    most  patches at once; None: what memory allows
 
     The estimate is compared with the memory that is free now; when memory runs out all the same, blocks of half the size are
     tried, down to the smallest that can overlap.
     """
     num_patches, smallest = math.prod(prepared.grid), (overlap + 1) ** len(prepared.grid)
-    budget, available, notes = num_patches, available_memory(encoder.device), []
-    needed = _working_bytes(encoder, num_patches)
+    wanted = num_patches if most is None else min(num_patches, max(most, smallest))
+    budget, available, notes = wanted, available_memory(encoder.device), []
+    needed = _working_bytes(encoder, wanted)
     while budget > smallest and _working_bytes(encoder, budget) > available:
         budget = max(int(budget * 0.9), smallest)
-    if budget < num_patches:
-        notes.append(
-            f"{needed / 2**30:.1f} GiB needed for {num_patches:,} patches at once, {available / 2**30:.1f} free"
-        )
+    if budget < wanted:
+        notes.append(f"{needed / 2**30:.1f} GiB needed for {wanted:,} patches at once, {available / 2**30:.1f} free")
     while True:
         try:
             tokens = encode_chunks(encoder, prepared, budget, overlap)

@@ -174,7 +174,7 @@ def _encode_volume(
     encoder: Encoder, item: AnyItem, prepared: Any, how: How, keep: Keep
 ) -> tuple[Any, tuple[str, ...], list[Part]] | HilumError:
     """One prepared volume and its parts: itself, or its regions."""
-    found, notes = _volume_tokens(encoder, prepared, how.layers)
+    found, notes = _volume_tokens(encoder, prepared, how)
     pooling = how.pooling or encoder.contract.pooling
     cls = torch.cat([tokens.cls for tokens in found], -1)[0].numpy()
     patches = _kept(torch.cat([tokens.patches for tokens in found], -1)[0].numpy(), keep) if keep else None
@@ -225,13 +225,12 @@ def _gather(encoder: Encoder, how: How, pairs: list[tuple[AnyItem, Any]]) -> Enc
     return Encoded(scan, [found for _, found in pairs], encoder.grid, None, notes)
 
 
-def _volume_tokens(
-    encoder: Encoder, prepared: PreparedVolume, layers: tuple[int, ...]
-) -> tuple[list[Tokens], tuple[str, ...]]:
-    """Tokens of a prepared volume, in blocks where memory does not hold it at once, and what was done then."""
-    if layers != LAST:
-        return encoder.layers(prepared.image[None], layers), ()
-    tokens, notes = encode_prepared(encoder, prepared)
+def _volume_tokens(encoder: Encoder, prepared: PreparedVolume, how: How) -> tuple[list[Tokens], tuple[str, ...]]:
+    """Tokens of a prepared volume, in blocks where that was asked for or memory does not hold it at once, and what was done
+    then."""
+    if how.layers != LAST:
+        return encoder.layers(prepared.image[None], how.layers), ()
+    tokens, notes = encode_prepared(encoder, prepared, most=how.max_patches)
     return [tokens], notes
 
 

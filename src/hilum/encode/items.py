@@ -28,6 +28,7 @@ class How:
     across      of the slices of a scan, for level volume of a slice encoder: mean, max or mean+max
     layers      blocks whose tokens count, -1 the last; their vectors and tokens stand one after the other
     max_slices  evenly spaced slices of each scan instead of all; None: all
+    max_patches  of a volume in one pass, by an encoder of volumes; more go in overlapping blocks. None: what memory allows
     """
 
     level: str = "slice"
@@ -35,6 +36,7 @@ class How:
     across: str = "mean"
     layers: tuple[int, ...] = LAST
     max_slices: int | None = None
+    max_patches: int | None = None
 
     def __post_init__(self) -> None:
         for what, found, known in (
@@ -46,6 +48,8 @@ class How:
                 raise UsageError(f"{what} '{found}' is unknown; expected {', '.join(known)}")
         if self.max_slices is not None and self.max_slices < 1:
             raise UsageError(f"max_slices must be at least 1; found {self.max_slices}")
+        if self.max_patches is not None and (self.max_patches < 1 or self.layers != LAST):
+            raise UsageError("max_patches must be at least 1, and blocks give the last layer only")
         if not self.layers:
             raise UsageError("no layer chosen; expected last, or numbers of blocks such as -1,-4")
 

@@ -106,6 +106,7 @@ class FeatureCache:
     """Features of one encoder on disk.
 
     max_slices   evenly spaced slices of a volume instead of all
+    max_patches  of a volume encoder at once: larger volumes go in overlapping blocks; None: what memory allows
     num_threads  prepare images while the network runs
     """
 
@@ -115,12 +116,15 @@ class FeatureCache:
     batch_size: int = 32
     num_threads: int = 1
     reader: CaseReader = field(default_factory=CaseReader)
+    max_patches: int | None = None
 
     def __post_init__(self) -> None:
         encoder = self.encoder
         name = "".join(c if c.isalnum() or c in "-._" else "-" for c in encoder.name)
         half = "-bf16" if encoder.precision == "bfloat16" else ""
         self.place = self.folder / f"{name}-{encoder.weights_hash[:8]}-{encoder.contract.hash[:8]}{half}"
+        if self.max_patches:
+            self.place = self.place.with_name(f"{self.place.name}-blocks{self.max_patches}")
         self._known: dict[str, Vectors] | None = None
 
     def features(
@@ -190,7 +194,9 @@ class FeatureCache:
     def _encode(self, todo: dict[str, Case], *, region: bool, tokens: bool) -> Iterator[tuple[str, Vectors]]:
         """Each case as it is done. Its scans follow one another, named by key."""
         how = How(
-            level="region" if region and any(c.region for c in todo.values()) else "slice", pooling="class+mean+max"
+            level="region" if region and any(c.region for c in todo.values()) else "slice",
+            pooling="class+mean+max",
+            max_patches=self.max_patches,
         )
         weights: dict[str, list[Vector]] = {}
 

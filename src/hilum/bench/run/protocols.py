@@ -4,6 +4,7 @@
     few-shot:K       K cases a class, several draws; settings are chosen by min(K, 4) val cases a class, so that few means few
     fraction:F       a share F of the train patients, several draws; val as in full
     curia            as full, by the head of Curia's public trainer on features of one kind
+    chunked:N        as full, by an encoder of volumes that sees at most N patches at once: what blocks cost beside the whole
     tokens           class token, mean of patch tokens, and attention over patch tokens beside one another
 
 Test cases are always all of the task's.
@@ -23,7 +24,7 @@ from hilum.probe.sampling import draw_few, draw_share
 
 FEW_SHOT = ("few-shot:1", "few-shot:5", "few-shot:10", "few-shot:20")
 FRACTIONS = ("fraction:0.05", "fraction:0.1", "fraction:0.25", "fraction:0.5")
-CURVES = {"few-shot": FEW_SHOT, "fraction": FRACTIONS}
+CURVES = {"few-shot": FEW_SHOT, "fraction": FRACTIONS, "chunked": ("chunked:512",)}
 MAX_VAL_SHOTS = 4
 TOKEN_FEATURES = "patches"  # what a head on patch tokens sees, in the column features
 
@@ -55,7 +56,8 @@ def expand_protocols(names: Sequence[str]) -> tuple[str, ...]:
     for name in found:
         if name not in ("full", "curia", "tokens") and not _is_point(name):
             raise UsageError(
-                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F, curia, tokens"
+                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F, chunked or "
+                "chunked:N, curia, tokens"
             )
     return tuple(dict.fromkeys(found))
 
@@ -63,9 +65,16 @@ def expand_protocols(names: Sequence[str]) -> tuple[str, ...]:
 def _is_point(name: str) -> bool:
     kind, _, number = name.partition(":")
     try:
-        return (kind == "few-shot" and int(number) > 0) or (kind == "fraction" and 0 < float(number) <= 1)
+        whole = kind in ("few-shot", "chunked")
+        return int(number) > 0 if whole else kind == "fraction" and 0 < float(number) <= 1
     except ValueError:
         return False
+
+
+def patches_at_once(protocol: str) -> int | None:
+    """Of the protocol chunked:N; None of others."""
+    kind, _, number = protocol.partition(":")
+    return int(number) if kind == "chunked" else None
 
 
 def applies(protocol: str, task: Task) -> bool:

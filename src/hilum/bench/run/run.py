@@ -13,7 +13,7 @@ protocol, seeds. Another model may be added to the same folder later.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from hilum.archive.privacy import Key, read_key
 from hilum.bench.predictions import write_predictions
 from hilum.bench.run.features import CaseFeatures, FeatureCache, check_unit
 from hilum.bench.run.fitting import LabelMaps, Material, Names, fit_trials
-from hilum.bench.run.protocols import TOKEN_FEATURES, applies, expand_protocols, heads_of, make_trials
+from hilum.bench.run.protocols import TOKEN_FEATURES, applies, expand_protocols, heads_of, make_trials, patches_at_once
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.scores import write_scores
 from hilum.bench.run.suites import Asked, open_task
 from hilum.bench.splits import hash_case, write_split
 from hilum.bench.task import Case, Found, Task
+from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
 from hilum.encode.zoo import load_encoder
 from hilum.errors import HilumError, InputError, UsageError
@@ -178,6 +179,18 @@ class _Bench:
             if applies(protocol, task)
             for features, head in heads_of(protocol, task, self.settings.heads)
         ]
+        for most in dict.fromkeys(patches_at_once(protocol) for protocol, _, _ in wanted):
+            if most and isinstance(encoder.contract, Contract):
+                self._leave_out(task, encoder, "encodes slices; the protocol chunked is of encoders of volumes", 0)
+                continue
+            some = [one for one in wanted if patches_at_once(one[0]) == most]
+            self._run_heads(task, found, replace(cache, max_patches=most) if most else cache, some, device)
+
+    def _run_heads(
+        self, task: Task, found: Found, cache: FeatureCache, wanted: Sequence[tuple[str, str, str]], device: str
+    ) -> None:
+        """(protocol, features, head) of one task, on one cache."""
+        encoder = cache.encoder
         tokens = any(features == TOKEN_FEATURES for _, features, _ in wanted)
         features = cache.features(task, found.cases, tokens=tokens, progress=self.progress)
         material = self._material(task, found, features, encoder)
