@@ -107,6 +107,7 @@ def test_segmentation_finds_two_balls_on_the_grid_of_the_scan(planar):
     head = SegmentationHead(seeds=2, learning_rates=(1e-2,), epochs=5, batch_size=2)
     assert head.fit(X, y, validation=(X_new, y_new)) is head
     out = head.outputs(X_new, y_new)
+    assert out.dtype == np.float64  # float32 does not count beyond 2²⁴ voxels
     assert out.shape == (2, 6, 8)
     true = np.array([[(one.voxels == c).sum() for c in (1, 2)] for one in y_new])
     assert min(dice(true, seed.reshape(6, 2, 4)) for seed in out) > 0.8

@@ -303,9 +303,10 @@ class SegmentationHead(Head):
                 labels[planes] = part.softmax(1).mean(0).argmax(0).cpu().numpy()
             yield Volume(voxels=labels, affine=scan.affine, modality=scan.modality, kind="label")
 
-    def outputs(self, X: TokenSequence, y: Sequence[Volume] | None = None) -> NDArray[np.float32]:
+    def outputs(self, X: TokenSequence, y: Sequence[Volume] | None = None) -> Array:
         """(S, N, 4 · classes) for each head seed: class after class predicted and shared voxels, 95 % Hausdorff and mean
-        surface distance in mm (NaN where the class is absent from truth or prediction), on the grid of the truth.
+        surface distance in mm (NaN where the class is absent from truth or prediction), on the grid of the truth. In
+        float64: float32 does not count beyond 2²⁴ voxels.
 
         y  the true label maps, against which is counted; UsageError without
         """
@@ -319,7 +320,7 @@ class SegmentationHead(Head):
             for planes, part in on_scan(logits, affine, truth):
                 labels[:, planes] = part.argmax(1).cpu().numpy()
             rows.append([count_classes(truth, found, self.num_classes_) for found in labels])
-        return np.array(rows, np.float32).transpose(1, 0, 2)
+        return np.array(rows, np.float64).transpose(1, 0, 2)
 
     def _outputs(self, X: Any) -> Array:
         return self.outputs(X)
