@@ -13,6 +13,7 @@ that it touches.
 """
 
 import itertools
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,10 +66,12 @@ class Vectors:
 class CaseFeatures:
     """Features of some cases, in their order.
 
+    keys    hash of what was encoded of each (`FeatureCache.key`)
     rows    what the cache holds of each
     tokens  the side file of each; None where it was not asked for
     """
 
+    keys: list[str]
     rows: list[Vectors]
     tokens: list[Path | None]
     contract: Any
@@ -98,7 +101,8 @@ class CaseFeatures:
 
     def take(self, numbers: Iterable[int]) -> "CaseFeatures":
         chosen = list(numbers)
-        return replace(self, rows=[self.rows[n] for n in chosen], tokens=[self.tokens[n] for n in chosen])
+        keys, rows = [self.keys[n] for n in chosen], [self.rows[n] for n in chosen]
+        return replace(self, keys=keys, rows=rows, tokens=[self.tokens[n] for n in chosen])
 
 
 @dataclass
@@ -156,7 +160,7 @@ class FeatureCache:
             if progress:
                 progress(done, len(todo), what)
         paths = [self._token_path(key) if tokens else None for key in keys]
-        return CaseFeatures(rows=[known[key] for key in keys], tokens=paths, contract=self.encoder.contract)
+        return CaseFeatures(keys=keys, rows=[known[key] for key in keys], tokens=paths, contract=self.encoder.contract)
 
     def key(self, task: Task, case: Case) -> str:
         """16 hex digits of what is encoded of a case."""
@@ -178,6 +182,8 @@ class FeatureCache:
             for path in sorted(self.place.glob("vectors-*.parquet")):
                 columns = {name: column.to_pylist() for name, column in zip(_SCHEMA.names, read_table(path).columns)}
                 for n, key in enumerate(columns["key"]):
+                    if columns["reason"][n]:  # whatever was in the way may be gone
+                        continue
                     parts = {name: np.array(columns[name][n], np.float32) for name in PARTS}
                     self._known[key] = Vectors(parts, np.array(columns["weights"][n], np.float32), columns["reason"][n])
         return self._known
@@ -206,7 +212,7 @@ class FeatureCache:
                 try:
                     yield from self._scans(key, case, region, weights[key])
                 except HilumError as error:
-                    yield Scan(key, "", "", None, reason=str(error))
+                    yield Scan(key, "", "", None, reason=plain_reason(error, case))
 
         keep = np.float16 if tokens else None
         found = encode_scans(self.encoder, scans(), how, self.batch_size, num_threads=self.num_threads, keep=keep)
@@ -262,6 +268,16 @@ class FeatureCache:
             }
             save_patches(self._token_path(key), _joined(group), self.encoder, facts | {"layer": "last", "series": key})
         return Vectors({name: vector.astype(np.float32) for name, vector in made.items()}, share)
+
+
+def plain_reason(error: HilumError, case: Case) -> str:
+    """What an error says, without the names of files, which may name a person: reasons stand in results."""
+    text = str(error)
+    sources = [case.scan] + ([case.region.source] if case.region and case.region.source else [])
+    for path in [path for source in sources for path in (*source.files, source.path)]:
+        text = re.sub(rf"{re.escape(str(path))}\S*", "the file", text)
+        text = re.sub(rf"(?<!\w){re.escape(path.name)}(?!\w)", "the file", text)
+    return text
 
 
 def check_unit(task: Task, encoder: Encoder) -> None:

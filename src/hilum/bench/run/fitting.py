@@ -54,6 +54,7 @@ class Material:
     cases, patients  keyed hashes
     targets          as in `Case`; of localisation LPS mm
     truth            of segmentation; no maps else
+    contents         hash of the voxels of each: what was encoded, of segmentation the true map, too
     """
 
     task: Task
@@ -63,12 +64,14 @@ class Material:
     targets: list[tuple[float, ...]]
     features: CaseFeatures
     truth: "LabelMaps"
+    contents: list[str]
 
     @property
     def hash(self) -> str:
-        return hash_json(
-            [self.task.id, self.task.classes, self.cases, self.splits, [list(map(str, t)) for t in self.targets]]
-        )
+        task = self.task
+        asked = [task.id, task.kind, task.metric, task.classes]
+        targets = [list(map(str, t)) for t in self.targets]
+        return hash_json([asked, self.cases, self.patients, self.splits, targets, self.contents])
 
 
 def fit_trials(
@@ -99,9 +102,8 @@ def _fit(
     """(S, N, O) of the val and test rows, and these rows."""
     task = material.task
     known = head_class(names.head)().get_params()
-    options = {
-        name: value for name, value in {"task": task.kind, "seeds": seeds, "device": device}.items() if name in known
-    }
+    wanted = {"task": task.kind, "seeds": seeds, "device": device, "num_classes": len(task.classes)}
+    options = {name: value for name, value in wanted.items() if name in known}
     head = make_head(names.head, seed=seed, **options)
     tokens = names.features == TOKEN_FEATURES
     X: Any = material.features.sequence() if tokens else material.features.vectors(names.features)

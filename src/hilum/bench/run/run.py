@@ -6,8 +6,8 @@ RESULTS/features/…                  `hilum.bench.run.features`; they may be de
 RESULTS/predictions/….parquet       one file for each task, model, features, head, protocol (`hilum.bench.predictions`)
 RESULTS/scores.parquet              a row a file of predictions
 
-A file of predictions is kept when nothing that it was made from has changed: cases, split, labels, weights, contract, head,
-protocol, seeds. Another model may be added to the same folder later.
+A file of predictions is kept when nothing that it was made from has changed: voxels, cases, patients, split, labels,
+metric, weights, contract, head, protocol, seeds. Another model may be added to the same folder later.
 """
 
 import time
@@ -153,6 +153,14 @@ class _Bench:
         return task, found
 
     def note_model(self, name: str, encoder: Encoder) -> None:
+        """UsageError when results of another encoder bear this name: files, tables and figures know models by name."""
+        now = {"weights": encoder.weights_hash, "contract": encoder.contract.hash, "precision": encoder.precision}
+        known = self.record["models"].get(encoder.name, now)
+        if changed := [fact for fact, value in now.items() if known[fact] != value]:
+            raise UsageError(
+                f"{self.out.name} holds results of a model {encoder.name} with other {' and '.join(changed)}; choose a new "
+                "folder for this one. Two folders compare by: hilum bench compare"
+            )
         self.record["models"][encoder.name] = {
             "weights": encoder.weights_hash,
             "contract": encoder.contract.hash,
@@ -231,7 +239,13 @@ class _Bench:
             targets=[self._target(task, case) for case in cases],
             features=features.take(kept),
             truth=LabelMaps(task, cases, self.reader),
+            contents=[self._content(task, case, features.keys[n]) for n, case in zip(kept, cases)],
         )
+
+    def _content(self, task: Task, case: Case, encoded: str) -> str:
+        if task.kind != "segmentation" or case.region is None or case.region.source is None:
+            return encoded
+        return hash_json([encoded, self.reader.content(case.region.source), case.region.values])
 
     def _target(self, task: Task, case: Case) -> tuple[float, ...]:
         """Of localisation in LPS mm, of segmentation the true voxels of each class; else as the case has it."""
@@ -266,6 +280,7 @@ class _Bench:
                 material, trials, names, seeds=settings.seeds, seed=settings.seed, device=device, progress=self.progress
             )
         except (ValueError, HilumError) as error:  # too few cases of a class, no event: what cannot be learnt from
+            path.unlink(missing_ok=True)  # predictions of other cases or labels
             self._leave_out(task, encoder, f"{names.head}, {names.protocol}: {error}", len(material.cases))
             return
         about = {"inputs": inputs, "classes": list(task.classes), "metric": task.metric, "versions": versions()}
