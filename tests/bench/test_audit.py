@@ -103,6 +103,8 @@ def test_blank_slices_all_look_alike_and_are_left_out(clean):
     air[3, 3] = 40
     add(clean, "train", "air", "a", air)
     add(clean, "test", "other air", "b", air * 1.1)
+    for side in ("train", "test"):
+        add(clean, side, f"padding {side}", f"c {side}", np.full((64, 64), -1024, np.int16))
     assert look(air) is None
     assert find_leaks(clean, "t") == []
 

@@ -147,3 +147,18 @@ def test_a_class_that_training_lacks_is_still_counted(tmp_path, root, monkeypatc
     assert not result["left_out"]
     assert [c["name"] for c in score["per_class"]] == list(task.classes)
     assert score["per_class"][-1]["num_present"] == score["num_cases"]
+
+
+def test_a_task_without_a_value_does_not_take_the_scores_of_others(tmp_path, root, monkeypatch):
+    """All test cases of one class: an AUROC has no value there."""
+    organ, age = (open_task(task, root) for task in choose_tasks(ids=["phantom:organ", "phantom:age"]))
+    task, found = replace(organ[0], metric="auroc"), organ[1]
+    one = [c if c.split != "test" else replace(c, target=(0.0,)) for c in found.cases]
+    offered = {task.id: (task, replace(found, cases=tuple(one))), age[0].id: age}
+    monkeypatch.setattr(runner, "open_task", lambda asked, *a, **k: offered[asked.id])
+    for _ in range(2):
+        result = run_bench([task, age[0]], ["pixels"], root, tmp_path / "out", QUICK)
+        assert [s["task"] for s in result["scores"]] == ["phantom:age"]
+        (row,) = result["left_out"]
+        assert (row["task"], row["model"]) == ("phantom:organ", "pixels")
+        assert "only one class is present" in row["reason"]

@@ -33,7 +33,7 @@ class Slice:
     owner    keyed hash of the case, or key of the volume
     patient  keyed hash; "" when unknown
     scan     what tells scans apart: slices of one scan resemble each other and are no copies
-    content  hash of its pixel values
+    content  hash of its pixel values; "" without any to tell it by (`slice_hash`)
     """
 
     side: str
@@ -156,7 +156,10 @@ def quantile_slices(num_slices: int) -> tuple[int, ...]:
 
 
 def slice_hash(pixels: NDArray[Any]) -> str:
-    """16 hex digits of the values of a slice, whatever type holds them."""
+    """16 hex digits of the values of a slice, whatever type holds them; "" for one of at most two values: padding, or air
+    within a circle, which is the same in all patients."""
+    if ((pixels == pixels.min()) | (pixels == pixels.max())).all():
+        return ""
     stored, slope, intercept, _ = quantise(np.asarray(pixels)[None])
     return hash_pixels(stored, slope, intercept)
 

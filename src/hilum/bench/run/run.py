@@ -110,8 +110,9 @@ def run_bench(
         for task, found in opened:
             bench.run_task(task, found, cache, str(encoder.device))
     scores = write_scores(
-        bench.out, num_resamples=bench.settings.num_resamples, seed=bench.settings.seed, progress=progress
-    )
+        bench.out, num_resamples=bench.settings.num_resamples, seed=bench.settings.seed, progress=progress,
+        left_out=bench.leave_unscored,
+    )  # fmt: skip
     bench.record["seconds"] = round(time.monotonic() - began, 1)
     bench.write_record()
     return {**bench.record, "scores": scores}
@@ -217,6 +218,13 @@ class _Bench:
     def _leave_out(self, task: Task, encoder: Encoder, reason: str, cases: int) -> None:
         self.record["left_out"].append({"task": task.id, "model": encoder.name, "cases": cases, "reason": reason})
         self.write_record()
+
+    def leave_unscored(self, about: dict[str, Any], reason: str) -> None:
+        """Predictions without a score, said once however often the command is given."""
+        reason = f"{about['head']}, {about['protocol']}: {reason}"
+        row = {"task": about["task"], "model": about["model"], "cases": 0, "reason": reason}
+        if row not in self.record["left_out"]:
+            self.record["left_out"].append(row)
 
     def _material(self, task: Task, found: Found, features: CaseFeatures, encoder: Encoder) -> Material:
         """Cases that have features. InputError when some were refused, unless that is allowed."""

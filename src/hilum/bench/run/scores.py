@@ -1,5 +1,6 @@
 """scores.parquet: one row for each file of predictions, computed once."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pyarrow as pa
 
 from hilum.bench.judge.scoring import Score, score_predictions
 from hilum.bench.predictions import read_predictions
+from hilum.errors import InputError
 from hilum.records import hash_json, read_table, table_metadata, write_table
 from hilum.terminal import Progress
 
@@ -34,8 +36,18 @@ _NAMES = (*ABOUT, "file", "inputs", *(field.name for field in fields(Score) if f
 _SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in _NAMES])
 
 
-def write_scores(out: Path, *, num_resamples: int, seed: int, progress: Progress | None = None) -> list[dict[str, Any]]:
+def write_scores(
+    out: Path,
+    *,
+    num_resamples: int,
+    seed: int,
+    progress: Progress | None = None,
+    left_out: Callable[[dict[str, Any], str], None] | None = None,
+) -> list[dict[str, Any]]:
     """Score what has no score yet. Returns the rows, by task, model, features, head and protocol.
+
+    left_out  called with ABOUT and the reason for predictions that have no score, such as an AUROC where all test cases are
+              of one class; without it the InputError is raised
 
     A row holds ABOUT, the name of its file, `inputs` (hash) and every field of `hilum.bench.judge.scoring.Score`.
     """
@@ -49,16 +61,22 @@ def write_scores(out: Path, *, num_resamples: int, seed: int, progress: Progress
         inputs = hash_json([about.get("inputs"), num_resamples, seed])
         row = old.get(file.name)
         if row is None or row["inputs"] != inputs:
-            score = score_predictions(
-                table, about["metric"], classes=tuple(about["classes"]), num_resamples=num_resamples, seed=seed
-            )
             first = {name: table[name][0].as_py() for name in ABOUT}
+            try:
+                score = score_predictions(
+                    table, about["metric"], classes=tuple(about["classes"]), num_resamples=num_resamples, seed=seed
+                )
+            except InputError as error:
+                if left_out is None:
+                    raise
+                left_out(first, str(error))
+                continue
             row = {**first, "file": file.name, "inputs": inputs, **score.to_dict()}
             row["se"] = {name: row["se"].get(name) for name in SE}
         rows.append(row)
         if progress:
             progress(done, len(files), "scores")
     rows.sort(key=lambda row: [str(row[name]) for name in ABOUT])
-    if rows:
+    if rows or path.is_file():
         write_table(path, pa.Table.from_pylist(rows, schema=_SCHEMA), {"format": "hilum-bench-scores", "version": 1})
     return rows
