@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from hilum.archive.one import read
 from hilum.encode.zoo import load_encoder
 from hilum.errors import ContractError, InputError, UsageError
-from hilum.probe.calibration import apply_temperature
+from hilum.probe.calibration import apply_temperature, fit_temperature
+from hilum.probe.fit import _temperature
 from hilum.probe.heads import HEADS, head_class, make_head
 from hilum.probe.saved import SAVED, load_head, write_head
 
@@ -177,3 +178,14 @@ def _random_encoder(folder, size_px, seed=0):
     torch.manual_seed(seed)
     model = ViT(ViTConfig(size="nano", patch=(8, 8), image=(size_px, size_px)))
     write_encoder(folder, model, Contract(size_px=size_px), {"recipe": folder.name, "step": seed})
+
+
+def test_a_class_that_a_fold_never_saw_does_not_soften_all_others():
+    """Calibrated probabilities keep temperature 1, whatever cases of unseen classes (probability 0) lie among them."""
+    rng = np.random.default_rng(0)
+    p = rng.random(4000)
+    y = (rng.random(4000) < p).astype(int)
+    proba = np.stack([1 - p, p, np.zeros(4000)], axis=1)
+    y[:80] = 2
+    assert _temperature(proba, y) == pytest.approx(1, abs=0.05)
+    assert fit_temperature(proba, y) > 2

@@ -138,7 +138,6 @@ def probe(
 
 def _save(folder: Path, design: _Design, head: Head, name: str, result: ProbeResult, proba: Array) -> None:
     """Fit a head on all cases and write it with what the cross-validation found."""
-    from hilum.probe.calibration import fit_temperature
     from hilum.probe.saved import write_head
 
     head.fit(design.source.vectors[design.cases.index], design.y, np.array(design.units.inner))
@@ -155,8 +154,16 @@ def _save(folder: Path, design: _Design, head: Head, name: str, result: ProbeRes
         features=table_metadata(design.source.table),
         scores={metric: {n: getattr(s, n) for n in ("value", "low", "high")} for metric, s in result.scores.items()},
         training=training | {n: repr(v) for n, v in head.get_params().items() if n not in ("task", "device")},
-        temperature=fit_temperature(proba, design.y) if design.classes else 1.0,
+        temperature=_temperature(proba, design.y) if design.classes else 1.0,
     )
+
+
+def _temperature(proba: Array, y: Array) -> float:
+    """Of out-of-fold probabilities; cases of a class that their fold's training part lacked (probability 0) say nothing."""
+    from hilum.probe.calibration import fit_temperature
+
+    known = proba[np.arange(len(y)), y] > 0
+    return fit_temperature(proba[known], y[known]) if known.any() else 1.0
 
 
 def _check(head: str, num_components: int | None, num_folds: int, num_resamples: int, save: Path | None) -> None:
