@@ -210,7 +210,8 @@ def _results_text(result: dict[str, Any]) -> str:
             rows.append([s["task"], how, s["metric"], s["value"], interval, chance])
         lines += [model, format_table(["task", "how", "metric", "value", "95 % interval", "chance"], rows), ""]
     for row in result["left_out"]:
-        text = f"left out: {row['cases']:,} cases of {row['task']} on {row['model']}: {row['reason']}"
+        cases = f"{row['cases']:,} cases of " if row["cases"] else ""
+        text = f"left out: {cases}{row['task']} on {row['model']}: {row['reason']}"
         lines.append(wrap_row([], [], text))
     lines.append(f"{len(scores)} scores after {result['seconds']:.0f} s. A page: hilum show RESULTS -o page.html")
     return "\n".join(lines)

@@ -89,7 +89,9 @@ def test_what_can_no_longer_be_learnt_has_no_score(tmp_path, root, monkeypatch):
     censored = [replace(case, target=(case.target[0], 0.0)) for case in found.cases]
     offer(monkeypatch, task, replace(found, cases=tuple(censored)))
     result = run_bench([task], ["pixels"], root, tmp_path / "out", QUICK)
-    assert "had an event" in result["left_out"][0]["reason"]
+    (row,) = result["left_out"]
+    assert "had an event" in row["reason"]
+    assert row["cases"] == 0  # none is missing
     assert not result["scores"]
 
 

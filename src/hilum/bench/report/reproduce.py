@@ -103,8 +103,7 @@ def gap_reasons(task: Task, record: dict[str, Any], entry: Entry, *, paper_has_i
     reasons = []
     if model.get("random"):
         reasons.append("our weights are random: this is a control, and no reproduction")
-    if about["num_missing"] or left_out:
-        lost = about["num_missing"] + sum(row["cases"] for row in left_out)
+    if lost := about["num_missing"] + sum(row["cases"] for row in left_out):
         reasons.append(f"other cases: {lost:,} of the data set's cases are missing or refused here")
     if task.our_choice:
         reasons.append(f"label or case rule unknown, our choice: {task.our_choice}")

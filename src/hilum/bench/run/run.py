@@ -289,7 +289,7 @@ class _Bench:
             )
         except (ValueError, HilumError) as error:  # too few cases of a class, no event: what cannot be learnt from
             path.unlink(missing_ok=True)  # predictions of other cases or labels
-            self._leave_out(task, encoder, f"{names.head}, {names.protocol}: {error}", len(material.cases))
+            self._leave_out(task, encoder, f"{names.head}, {names.protocol}: {error}", 0)  # cases are all there
             return
         about = {"inputs": inputs, "classes": list(task.classes), "metric": task.metric, "versions": versions()}
         write_predictions(path, rows, about)
