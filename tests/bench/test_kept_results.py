@@ -164,3 +164,19 @@ def test_a_task_without_a_value_does_not_take_the_scores_of_others(tmp_path, roo
         (row,) = result["left_out"]
         assert (row["task"], row["model"]) == ("phantom:organ", "pixels")
         assert "only one class is present" in row["reason"]
+
+
+def test_models_are_not_scored_side_by_side_on_different_labels(tmp_path, root, monkeypatch):
+    task, found = open_task(choose_tasks(ids=["phantom:age"])[0], root)
+    run = lambda model: run_bench([task], [model], root, tmp_path / "out", QUICK)  # noqa: E731
+    offer(monkeypatch, task, found)
+    run("pixels")
+    corrected = [replace(case, target=(case.target[0] + n,)) for n, case in enumerate(found.cases)]
+    offer(monkeypatch, task, replace(found, cases=tuple(corrected)))
+    other = encoder(tmp_path / "model", 0)
+    result = run(other)
+    assert [s["model"] for s in result["scores"]] == ["small@0"]
+    assert [(row["model"], row["cases"]) for row in result["left_out"]] == [("pixels", 0)]
+    result = run("pixels")
+    assert sorted(s["model"] for s in result["scores"]) == ["pixels", "small@0"]
+    assert not result["left_out"]

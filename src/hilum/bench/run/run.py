@@ -109,8 +109,10 @@ def run_bench(
         bench.note_model(name, encoder)
         for task, found in opened:
             bench.run_task(task, found, cache, str(encoder.device))
+    bench.record["left_out"] = [row for row in bench.record["left_out"] if not row.get("unscored")]
     scores = write_scores(
         bench.out, num_resamples=bench.settings.num_resamples, seed=bench.settings.seed, progress=progress,
+        data={task: str(about["data_hash"]) for task, about in bench.record["tasks"].items()},
         left_out=bench.leave_unscored,
     )  # fmt: skip
     bench.record["seconds"] = round(time.monotonic() - began, 1)
@@ -148,6 +150,7 @@ class _Bench:
             "num_cases": dict(Counter(case.split for case in found.cases)),
             "num_patients": len({case.patient for case in found.cases}),
             "split_hash": split_hash,
+            "data_hash": _data_hash(task, found, split_hash, self.key),
             "num_missing": lost,
         }
         self.write_record()
@@ -220,11 +223,10 @@ class _Bench:
         self.write_record()
 
     def leave_unscored(self, about: dict[str, Any], reason: str) -> None:
-        """Predictions without a score, said once however often the command is given."""
+        """Predictions without a score; found anew each time."""
         reason = f"{about['head']}, {about['protocol']}: {reason}"
         row = {"task": about["task"], "model": about["model"], "cases": 0, "reason": reason}
-        if row not in self.record["left_out"]:
-            self.record["left_out"].append(row)
+        self.record["left_out"].append(row | {"unscored": True})
 
     def _material(self, task: Task, found: Found, features: CaseFeatures, encoder: Encoder) -> Material:
         """Cases that have features. InputError when some were refused, unless that is allowed."""
@@ -273,9 +275,10 @@ class _Bench:
         """Fit one head by one protocol, unless its predictions are there."""
         task, settings = material.task, self.settings
         path = self.out / "predictions" / f"{prediction_name(task.id, names)}.parquet"
+        data = self.record["tasks"][task.id]["data_hash"]
         inputs = hash_json(
-            [material.hash, encoder.weights_hash, encoder.precision, vars(names), settings.seeds, settings.draws, settings.seed,
-             settings.max_slices]
+            [material.hash, data, encoder.weights_hash, encoder.precision, vars(names), settings.seeds, settings.draws,
+             settings.seed, settings.max_slices]
         )  # fmt: skip
         if path.is_file() and table_metadata(read_table(path, ["task"])).get("inputs") == inputs:
             return
@@ -291,8 +294,20 @@ class _Bench:
             path.unlink(missing_ok=True)  # predictions of other cases or labels
             self._leave_out(task, encoder, f"{names.head}, {names.protocol}: {error}", 0)  # cases are all there
             return
-        about = {"inputs": inputs, "classes": list(task.classes), "metric": task.metric, "versions": versions()}
+        about = {
+            "inputs": inputs,
+            "data": data,
+            "classes": list(task.classes),
+            "metric": task.metric,
+            "versions": versions(),
+        }
         write_predictions(path, rows, about)
+
+
+def _data_hash(task: Task, found: Found, split_hash: str, key: Key) -> str:
+    """What all models of a task share: question, cases, split, labels."""
+    labels = sorted([hash_case(task, case, key), *map(str, case.target)] for case in found.cases)
+    return hash_json([task.kind, task.metric, task.classes, split_hash, labels])
 
 
 def prediction_name(task: str, names: Names) -> str:

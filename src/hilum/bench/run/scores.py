@@ -1,6 +1,6 @@
 """scores.parquet: one row for each file of predictions, computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ def write_scores(
     num_resamples: int,
     seed: int,
     progress: Progress | None = None,
+    data: Mapping[str, str] | None = None,
     left_out: Callable[[dict[str, Any], str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Score what has no score yet. Returns the rows, by task, model, features, head and protocol.
 
+    data      hash of the cases and labels of each task as they are now; predictions for others are left out
     left_out  called with ABOUT and the reason for predictions that have no score, such as an AUROC where all test cases are
               of one class; without it the InputError is raised
 
@@ -60,8 +62,12 @@ def write_scores(
         about = table_metadata(table)
         inputs = hash_json([about.get("inputs"), num_resamples, seed])
         row = old.get(file.name)
+        first = {name: table[name][0].as_py() for name in ABOUT}
+        now = (data or {}).get(first["task"], about.get("data"))
+        if left_out is not None and about.get("data") != now:
+            left_out(first, "made of other cases, labels or another split than now; run this model again")
+            continue
         if row is None or row["inputs"] != inputs:
-            first = {name: table[name][0].as_py() for name in ABOUT}
             try:
                 score = score_predictions(
                     table, about["metric"], classes=tuple(about["classes"]), num_resamples=num_resamples, seed=seed
