@@ -140,7 +140,8 @@ def _unreachable(case):
 
 def test_a_class_that_training_lacks_is_still_counted(tmp_path, root, monkeypatch):
     """Few training cases may lack a structure that test cases have: its Dice is 0, and the run goes on."""
-    task, found = open_task(choose_tasks(ids=["phantom:solid-organs"])[0], root)
+    write_phantom_scans(tmp_path / "few" / "phantom", replace(SMALL, num_patients=8))
+    task, found = open_task(choose_tasks(ids=["phantom:solid-organs"])[0], tmp_path / "few")
     numbers = (*range(1, len(task.classes)), 99)  # the last class is nowhere
     cases = [replace(c, region=replace(c.region, values=numbers)) if c.split != "test" else c for c in found.cases]
     offer(monkeypatch, task, replace(found, cases=tuple(cases)))
