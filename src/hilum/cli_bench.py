@@ -44,7 +44,10 @@ def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
 
 @bench_app.command()
 def run(
-    model: Annotated[list[str], typer.Option(help="A folder, a released encoder, pixels, random:FOLDER. May be repeated.")],
+    model: Annotated[
+        list[str],
+        typer.Option(help="A folder, a released encoder, pixels, random:FOLDER; LABEL=MODEL names it. May be repeated."),
+    ],
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; the same command goes on in it.")],
     suite: Suite = "",

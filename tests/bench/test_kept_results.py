@@ -12,7 +12,7 @@ import torch
 from hilum.bench.phantom.scans import PhantomSettings, write_phantom_scans
 from hilum.bench.run import run as runner
 from hilum.bench.run.features import FeatureCache
-from hilum.bench.run.run import BenchSettings, run_bench
+from hilum.bench.run.run import BenchSettings, run_bench, split_label
 from hilum.bench.run.suites import choose_tasks, open_task
 from hilum.bench.task import Source
 from hilum.encode.contract import Contract
@@ -95,7 +95,7 @@ def test_what_can_no_longer_be_learnt_has_no_score(tmp_path, root, monkeypatch):
     assert not result["scores"]
 
 
-def test_two_models_of_one_name_are_refused(tmp_path, root):
+def test_two_models_of_one_name_are_refused_until_one_is_named(tmp_path, root):
     one, two = encoder(tmp_path / "a", 0), encoder(tmp_path / "b", 1)
     (task,) = choose_tasks(ids=["phantom:age"])
     with pytest.raises(UsageError, match="small@0 with other weights"):
@@ -103,6 +103,10 @@ def test_two_models_of_one_name_are_refused(tmp_path, root):
     run_bench([task], [one], root, tmp_path / "next", QUICK)
     with pytest.raises(UsageError, match="small@0 with other weights"):
         run_bench([task], [two], root, tmp_path / "next", QUICK)
+    result = run_bench([task], [f"second={two}"], root, tmp_path / "next", QUICK)
+    assert {score["model"] for score in result["scores"]} == {"small@0", "second"}
+    (tmp_path / "a=b").mkdir()
+    assert split_label(str(tmp_path / "a=b")) == ("", str(tmp_path / "a=b"))
 
 
 def test_reasons_name_no_path_and_no_person(tmp_path, root, monkeypatch):

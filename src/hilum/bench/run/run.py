@@ -92,7 +92,8 @@ def run_bench(
     """Encode, fit, predict and score; what is finished is kept. Returns results.json with the scores as rows.
 
     tasks    from `hilum.bench.run.suites.choose_tasks`
-    models   names that `hilum.encode.zoo.load_encoder` takes: folders, released models, pixels, random:FOLDER
+    models   names that `hilum.encode.zoo.load_encoder` takes: folders, released models, pixels, random:FOLDER; LABEL=NAME
+             calls it LABEL in files and tables
     data     folder of the data sets
 
     InputError when cases are missing or refused and `allow_missing` is off: nothing is left out silently.
@@ -102,11 +103,13 @@ def run_bench(
     opened = [bench.open_task(asked) for asked in tasks]
     opened.sort(key=lambda pair: pair[0].kind not in _DENSE)  # their tokens give the vectors of others, too
     for name in models:
-        encoder = load_encoder(name, device=device, precision=precision, seed=bench.settings.seed)
+        label, source = split_label(name)
+        encoder = load_encoder(source, device=device, precision=precision, seed=bench.settings.seed)
+        encoder.name = label or encoder.name
         cache = FeatureCache(
             bench.out / "features", encoder, bench.settings.max_slices, batch_size, num_threads, bench.reader
         )
-        bench.note_model(name, encoder)
+        bench.note_model(source, encoder)
         for task, found in opened:
             bench.run_task(task, found, cache, str(encoder.device))
     bench.record["left_out"] = [row for row in bench.record["left_out"] if not row.get("unscored")]
@@ -118,6 +121,12 @@ def run_bench(
     bench.record["seconds"] = round(time.monotonic() - began, 1)
     bench.write_record()
     return {**bench.record, "scores": scores}
+
+
+def split_label(name: str) -> tuple[str, str]:
+    """ "mine=run/export" → ("mine", "run/export"); without a label ("", name)."""
+    label, mark, source = name.partition("=")
+    return (label, source) if mark and label and "/" not in label and not Path(name).exists() else ("", name)
 
 
 class _Bench:
@@ -162,8 +171,8 @@ class _Bench:
         known = self.record["models"].get(encoder.name, now)
         if changed := [fact for fact, value in now.items() if known[fact] != value]:
             raise UsageError(
-                f"{self.out.name} holds results of a model {encoder.name} with other {' and '.join(changed)}; choose a new "
-                "folder for this one. Two folders compare by: hilum bench compare"
+                f"{self.out.name} holds results of a model {encoder.name} with other {' and '.join(changed)}; give this "
+                "one another name, --model LABEL=MODEL, or choose a new folder"
             )
         self.record["models"][encoder.name] = {
             "weights": encoder.weights_hash,
