@@ -118,3 +118,10 @@ def test_retrieval_trains_nothing() -> None:
     cases = make(5, split="test")
     assert split_cases(TASKS["voxelfm:CT-RATE-retrieval"], cases) == tuple(cases)
     assert split_text(TASK, cases, KEY).count("test") == 15
+
+
+def test_a_rare_class_is_in_every_part():
+    """Three of twenty patients: whichever seed, one each in train, val and test."""
+    for seed in range(20):
+        rare = {c.split for c in split_cases(TASK, make(20, share=3 / 20), seed=seed) if c.target == (1,)}
+        assert rare == {"train", "val", "test"}

@@ -8,6 +8,7 @@ Cases of one patient never stand on two sides, whoever made the split.
 import csv
 import hashlib
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,7 +54,8 @@ def split_cases(task: Task, cases: Sequence[Case], *, seed: int = 0) -> tuple[Ca
 
 
 def _deal(task: Task, cases: Sequence[Case], parts: Sequence[tuple[Split, float]], seed: int) -> dict[str, Split]:
-    """Patient → side: stratum after stratum in hashed order, so that each part has its share of all and, to one, of each."""
+    """Patient → side: stratum after stratum in hashed order, so that each part has its share of all and, to one, of each; of
+    three patients or more of a stratum at least one in each part."""
     stratum = _strata(task, cases)
 
     def draw(patient: str) -> bytes:
@@ -63,13 +65,14 @@ def _deal(task: Task, cases: Sequence[Case], parts: Sequence[tuple[Split, float]
     dealt: Counter[Split] = Counter()
     for group in sorted(set(stratum.values())):
         members = sorted((p for p, g in stratum.items() if g == group), key=draw)
-        seen = len(sides) + len(members)
+        size, seen = len(members), len(sides) + len(members)
         for part, share in parts:
-            number = min(round(share * seen) - dealt[part], len(members))
-            for patient in members[: max(number, 0)]:
-                sides[patient] = part
-            dealt[part] += max(number, 0)
-            members = members[max(number, 0) :]
+            least = max(math.floor(share * size), int(size >= 3))
+            number = max(round(share * seen) - dealt[part], least)
+            number = min(number, math.ceil(share * size), len(members) - 1)  # the rest is train, and it has one
+            sides |= dict.fromkeys(members[:number], part)
+            dealt[part] += number
+            members = members[number:]
         sides |= dict.fromkeys(members, "train")
     return sides
 
