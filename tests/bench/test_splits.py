@@ -34,7 +34,7 @@ def make(num_patients: int, *, share: float = 0.25, per_patient: int = 3, split:
 
 @pytest.mark.parametrize(("num", "share"), [(100, 0.25), (40, 0.1), (333, 0.5), (7, 0.5)])
 def test_shares_and_strata(num: int, share: float) -> None:
-    """70/15/15 of patients to one, of all and of each class, and no patient twice."""
+    """70/15/15 of patients to less than two, of all and of each class, and no patient twice."""
     cases = split_cases(TASK, make(num, share=share))
     sides = {case.patient: case.split for case in cases}
     assert len({(case.patient, case.split) for case in cases}) == num
@@ -45,7 +45,7 @@ def test_shares_and_strata(num: int, share: float) -> None:
     ):
         count = Counter(sides[p] for p in members)
         for side, wanted in (("train", 0.7), ("val", 0.15), ("test", 0.15)):
-            assert abs(count[side] - wanted * len(members)) <= 1.5
+            assert abs(count[side] - wanted * len(members)) < 2
 
 
 def test_a_split_depends_on_seed_and_names_only() -> None:
