@@ -89,6 +89,15 @@ def test_wide_tables_are_cut_to_fit():
     assert format_table(["only", "head"], []).splitlines()[0] == "only  head"
 
 
+def test_some_columns_are_cut_last():
+    rows = [["a" * 30, "-0.116 to +0.229", "b" * 20]]
+    assert "-0.116 to +0.229" in format_table(["x", "interval", "y"], rows, 50, whole=("interval", "y")).splitlines()[2]
+    for width in (50, 30, 20):
+        table = format_table(["x", "interval", "y"], rows, width, whole=("interval",))
+        assert max(map(len, table.splitlines())) <= width
+        assert ("-0.116 to +0.229" in table) == (width >= 32)
+
+
 def test_truth_values_and_text_are_left_alone():
     assert format_table(["flag", "n"], [[True, "7"]]).splitlines()[2].split() == ["True", "7"]
 

@@ -250,6 +250,9 @@ def show(
         Path | None, typer.Option(help="The folder that was scanned or benchmarked, for pictures.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Of results: the model that others are compared with.")] = None,
+    task: Annotated[
+        list[Path] | None, typer.Option(help="Of results: the TOML file of a task of your own, for its pictures.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Of results: also all scores as CSV.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Of results: also the tables as LaTeX.")] = None,
     as_json: Json = False,
@@ -268,7 +271,9 @@ def show(
         from hilum.bench.report.page import show_results
 
         with Reporter(quiet) as progress:
-            told = show_results(thing, out, reference=reference, data=archive, csv=csv, latex=latex, progress=progress)
+            told = show_results(
+                thing, out, reference=reference, data=archive, own=task or (), csv=csv, latex=latex, progress=progress
+            )
         _print(
             told,
             as_json,

@@ -125,7 +125,7 @@ def compare(
 ) -> None:
     """Two models on the same cases: a sentence, and a table with paired intervals and tests."""
     from hilum.bench.judge.compare import compare_results
-    from hilum.terminal import Reporter
+    from hilum.terminal import Reporter, wrap_row
 
     with Reporter(quiet) as progress:
         found = compare_results(
@@ -137,7 +137,8 @@ def compare(
             seed=seed,
             progress=progress,
         )
-    _print(found.to_dict(), as_json, "\n".join([found.table(), "", found.sentence(), *found.notes()]))
+    told = [wrap_row([], [], line) for line in (found.sentence(), *found.notes())]
+    _print(found.to_dict(), as_json, "\n".join([found.table(), "", *told]))
 
 
 @bench_app.command()
@@ -156,9 +157,10 @@ def audit(
     from hilum.bench.run.suites import choose_tasks
     from hilum.terminal import Reporter
 
-    tasks = [t for t in choose_tasks(suite, task or ()) if not isinstance(t, Path)]
     with Reporter(quiet) as progress:
-        found = look(tasks, data, store=store, model=model, features=features, progress=progress)
+        found = look(
+            choose_tasks(suite, task or ()), data, store=store, model=model, features=features, progress=progress
+        )
     _print(found.to_dict(), as_json, found.text())
     if found.leaks:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
@@ -211,7 +213,8 @@ def _results_text(result: dict[str, Any]) -> str:
             interval = "" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
             chance = "" if s["chance"] is None else f"{s['chance']:.3f}"
             rows.append([s["task"], how, s["metric"], s["value"], interval, chance])
-        lines += [model, format_table(["task", "how", "metric", "value", "95 % interval", "chance"], rows), ""]
+        columns = ["task", "how", "metric", "value", "95 % interval", "chance"]
+        lines += [model, format_table(columns, rows, whole=("task", "95 % interval")), ""]
     for row in result["left_out"]:
         cases = f"{row['cases']:,} cases of " if row["cases"] else ""
         text = f"left out: {cases}{row['task']} on {row['model']}: {row['reason']}"

@@ -66,13 +66,19 @@ class Reporter:
             print(f"{what}: {count} after {now - self._began:.0f} s", file=sys.stderr, flush=True)
 
 
-def format_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH) -> str:
-    """A plain table of at most `width` columns; numbers to the right, the widest text is cut to fit."""
+def format_table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], width: int = WIDTH, *, whole: Sequence[str] = ()
+) -> str:
+    """A plain table of at most `width` columns; numbers to the right, the widest text is cut to fit.
+
+    whole  columns that are not cut while others have six letters left, such as intervals
+    """
     cells = [[str(c) for c in columns], *[[_text(v) for v in row] for row in rows]]
     widths = [max(len(row[n]) for row in cells) for n in range(len(columns))]
     gaps = 2 * (len(columns) - 1)
     while sum(widths) + gaps > width:
-        widths[widths.index(max(widths))] -= 1
+        free = [n for n, name in enumerate(columns) if name not in whole and widths[n] > 6] or range(len(widths))
+        widths[max(free, key=lambda n: widths[n])] -= 1
     right = [all(isinstance(row[n], int | float) for row in rows) and bool(rows) for n in range(len(columns))]
     lines = []
     for row in cells:

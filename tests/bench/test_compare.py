@@ -101,6 +101,26 @@ def test_a_row_is_what_the_statistics_say(results):
     assert (back.difference, back.low, back.high) == pytest.approx((-row.difference, -row.high, -row.low), abs=1e-12)
 
 
+def test_the_interval_is_never_cut(tmp_path):
+    """Long names are; and features that only tell tasks apart are no setting."""
+    rng = np.random.default_rng(0)
+    y = np.arange(NUM) % 2
+    for task, features in (("own:a_task_with_a_long_name_of_ours", "class"), ("own:another_such_task_of_ours", "mean")):
+        for model in ("a", "b"):
+            outputs = binary(rng, y, 0.1)
+            write(
+                tmp_path,
+                make_table("classification", y, outputs, task=task, model=model, features=features),
+                "balanced_accuracy",
+            )
+    found = compare_results(tmp_path, first_is={"model": "a"}, second_is={"model": "b"}, **FEW)
+    assert {t.setting for t in found.tasks} == {""}
+    for row, line in zip(found.tasks, found.table().splitlines()[-2:]):
+        assert f"({row.low:+.3f}, {row.high:+.3f})" in line
+        assert len(line) <= 100
+    assert "DeLong" not in found.table()
+
+
 def test_two_heads_of_one_model(results):
     rng = np.random.default_rng(0)
     y = np.arange(NUM) % 2

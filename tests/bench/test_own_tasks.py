@@ -1,6 +1,7 @@
 """A task of a user's own: every kind, every complaint, and the examples on real data."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_every_mistake_of_the_file_is_named(folder: Path) -> None:
         read_own_task(toml(folder, "classification", "slice", "accuracy", 'labels = "a"'))
     with pytest.raises(UsageError, match="names 1 columns; a survival needs 2"):
         read_own_task(toml(folder, "survival", "volume", "auroc", 'label = ["a"]'))
+
+
+def test_a_folder_that_is_not_there_is_named(folder: Path) -> None:
+    _, found = read_own_task(toml(folder, "classification", "slice", "accuracy", 'folder = "elsewhere"'))
+    assert "'elsewhere' below" in found.problems[0].expected
+
+
+def test_the_audit_looks_at_a_task_of_ones_own(folder: Path, hilum: Callable[..., tuple[int, str, str]]) -> None:
+    made.nifti(folder / "scans/2.nii.gz", made.scan(1))  # the scan of another patient
+    data = PLACES + 'split = "side"\ntrain = ["fold1"]\nval = []\ntest = ["fold2"]\nslice = "slice"'
+    path = toml(folder, "classification", "slice", "accuracy", data)
+    code, out, _ = hilum("bench", "audit", "--task", path, "--data", folder)
+    assert code == 4
+    assert "own:mine" in out
 
 
 def test_bad_rows_are_problems(folder: Path) -> None:

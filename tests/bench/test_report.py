@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 from scipy.stats import norm
@@ -15,6 +16,9 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 from sklearn.metrics import roc_curve as sklearn_roc
 
+from hilum.archive.privacy import Key
+from hilum.bench.own_tasks import read_own_task
+from hilum.bench.predictions import write_predictions
 from hilum.bench.report.arrays import (
     Rows,
     confusion_counts,
@@ -25,14 +29,18 @@ from hilum.bench.report.arrays import (
     roc_curve,
     worst_cases,
 )
+from hilum.bench.report.case_images import data_pictures
 from hilum.bench.report.page import show_results
 from hilum.bench.report.reproduce import reproduce
 from hilum.bench.report.results import read_results
 from hilum.bench.report.tables import Cell, average, board_latex, make_board, same_model, text_of
+from hilum.bench.run.scores import write_scores
+from hilum.bench.splits import hash_case
 from hilum.errors import InputError, UsageError
-from hilum.records import read_json, write_json
+from hilum.records import read_json, read_table, table_metadata, write_json
 
 sys.path.insert(0, str(Path(__file__).parent))
+import publishers as made
 from synthetic_results import MODELS, TASKS, task, write_results
 
 sys.path.pop(0)
@@ -248,6 +256,41 @@ def test_folders_that_are_none(results, small, tmp_path):
     with pytest.raises(UsageError, match=r"no model 'nobody'.*curia-2"):
         show_results(small, tmp_path / "x.html", reference="nobody")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_task_of_one_patient_is_told_and_the_others_go_on(tmp_path):
+    results = write_results(tmp_path / "r", (TASKS[1], TASKS[3]), models=MODELS[:2], num_patients=20, seeds=1)
+    for path in (results / "predictions").glob("*age*"):
+        table = read_table(path)
+        one = pa.array(["p"] * len(table))
+        write_predictions(
+            path, table.set_column(table.column_names.index("patient"), "patient", one), table_metadata(table)
+        )
+    (results / "scores.parquet").unlink()
+    scores = write_scores(results, num_resamples=50, seed=0)
+    told = {tuple(s["notes"]) for s in scores if s["task"] == "toy:age"}
+    assert told == {("all test cases are of one patient: there is no interval",)}
+    show_results(results, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Not compared: toy:age" in page
+    assert "corrected for all 1 comparisons" in page
+
+
+def test_worst_cases_of_a_task_of_ones_own(tmp_path):
+    """Results hold no path, so its TOML file is given."""
+    made.nifti(tmp_path / "scan.nii.gz", made.scan(1))
+    made.table(tmp_path / "cases.csv", ["scan", "patient", "label"], [["scan.nii.gz", "A", "a"]])
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[task]\ntitle = "Mine"\nkind = "classification"\nunit = "volume"\nmodality = "CT"\nmetric = "accuracy"\n'
+        'classes = ["a"]\n[data]\ntable = "cases.csv"\n'
+    )
+    mine, found = read_own_task(file)
+    name = hash_case(mine, found.cases[0], Key(bytes(32)))
+    assert data_pictures({mine.id: mine}, tmp_path, Key(bytes(32)))(mine.id, name) is None
+    drawn = data_pictures({mine.id: mine}, tmp_path, Key(bytes(32)), own=[file])(mine.id, name)
+    assert drawn is not None
+    assert drawn[1] == "HU"
 
 
 def test_one_model_alone_has_no_differences(tmp_path):

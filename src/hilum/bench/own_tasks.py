@@ -121,7 +121,7 @@ def read_own_task(path: Path, root: Path | None = None, *, progress: Progress | 
     into = Collector(task=task, folder=folder, progress=progress or no_progress)
     beside = path.parent / data.table
     try:
-        into.need(folder, "the folder of [data] folder")
+        into.need(folder, f"[data] folder '{data.folder}' below the folder given by --data")
         if data.hub:
             into.task = replace(task, target=data.hub)
             read_curiabench(into)

@@ -19,7 +19,7 @@ from hilum.bench.run.suites import Asked, open_task
 from hilum.bench.task import Case, Task
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError
-from hilum.terminal import Progress, format_table
+from hilum.terminal import Progress, format_table, wrap_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ class Audit:
             lines.append(format_table(["task", "found", "where", "cases"], rows))
             for kind in dict.fromkeys(f.kind for f in self.findings):
                 some = [f for f in self.findings if f.kind == kind]
-                lines.append(f"\n{kind}: {some[0].advice}")
+                lines += ["", wrap_row([], [], f"{kind}: {some[0].advice}")]
                 lines += [f"  {example}" for f in some for example in f.examples]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(wrap_row([], [], f"note: {note}") for note in self.notes)])
 
 
 def audit(

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ Key = tuple[str, ...]
 class TaskComparison:
     """First minus second on one task, over the cases that both have; means over runs.
 
-    setting        what else tells this row from others: features, head, protocol, where they vary
+    setting        what tells this row from others of its task: features, head, protocol, where they vary
     first, second  the metric
     low, high      95 % interval of the difference, the same resampled patients for both
     p              paired permutation of patients; `exact` when all exchanges were taken
@@ -92,26 +92,25 @@ class Comparison:
 
     def table(self) -> str:
         """One line a task, at most 100 columns."""
-        setting = any(t.setting for t in self.tasks)
+        setting, delong = any(t.setting for t in self.tasks), any(t.p_delong is not None for t in self.tasks)
         columns = [
             "task",
-            *(["setting"] if setting else []),
+            *["setting"] * setting,
             "metric",
             "A",
             "B",
             "A − B (95 %)",
             "p",
             "Holm",
-            "DeLong",
-            "cases",
+            *["DeLong"] * delong,
         ]
         rows = []
         for t in self.tasks:
             difference = f"{t.difference:+.3f} ({t.low:+.3f}, {t.high:+.3f})"
-            tests = [_p(t.p), _p(t.p_holm), _p(t.p_delong)]
-            names = [t.task, *([t.setting] if setting else []), t.metric]
-            rows.append([*names, t.first, t.second, difference, *tests, t.num_cases])
-        return f"A: {self.first}\nB: {self.second}\n\n{format_table(columns, rows)}"
+            tests = [_p(t.p), _p(t.p_holm), *[_p(t.p_delong)] * delong]
+            rows.append([t.task, *[t.setting] * setting, t.metric, t.first, t.second, difference, *tests, t.num_cases])
+        table = format_table([*columns, "cases"], rows, whole=("A − B (95 %)", "p", "Holm", "DeLong"))
+        return f"A: {self.first}\nB: {self.second}\n\n{table}"
 
     def notes(self) -> list[str]:
         """Cases and tasks that were not used."""
@@ -164,13 +163,13 @@ def compare_results(
     rows: list[tuple[TaskComparison, Array]] = []
     left_out = [_name(k) for k in sorted(sides[0].keys() ^ sides[1].keys())]
     left_out = [f"{name}: only one side has it" for name in left_out]
-    varying = [n for n, name in enumerate(matched) if name != "task" and len({k[n] for k in both}) > 1]
+    varying = _varying(both, matched)
     for done, key in enumerate(both):
         setting = " ".join(key[n] for n in varying)
         try:
             rows.append(_compare_task(sides[0][key], sides[1][key], setting, metrics or {}, num_resamples, seed))
         except ValueError as error:  # undefined on the common cases, or one patient only
-            left_out.append(f"{_name(key)}: {error}")
+            left_out.append(f"{_name(key)}: {error}".removeprefix(": "))
         if progress:
             progress(done + 1, len(both), "comparing")
     if not rows:
@@ -304,6 +303,14 @@ def _by_key(found: Mapping[Key, Path], matched: list[str]) -> dict[Key, Path]:
             )
         sides[short] = path
     return sides
+
+
+def _varying(keys: Sequence[Key], names: Sequence[str]) -> list[int]:
+    """Places of the keys that tell rows of one task apart."""
+    tasks: dict[str, list[Key]] = {}
+    for key in keys:
+        tasks.setdefault(key[names.index("task")] if "task" in names else "", []).append(key)
+    return [n for n in range(len(names)) if any(len({key[n] for key in some}) > 1 for some in tasks.values())]
 
 
 def _listed(found: Mapping[Key, Path]) -> str:

@@ -124,10 +124,9 @@ def score_predictions(
     interval = interval_of(value, by_part[0], runs.patients)
     grid = np.reshape(values, runs.outputs.shape[:2])
     case_se = float(np.nanstd(by_part[0])) if math.isfinite(interval.low) else math.nan
-    if interval.num_undefined:
-        notes.append(
-            f"{name} is undefined in {interval.num_undefined:,} of {num_resamples:,} resamples; they are left out"
-        )
+    undefined = interval.num_undefined if interval.num_clusters > 1 else 0  # of one patient nothing was drawn
+    if undefined:
+        notes.append(f"{name} is undefined in {undefined:,} of {num_resamples:,} resamples; they are left out")
     return Score(
         metric=name,
         kind=runs.kind,
@@ -146,7 +145,7 @@ def score_predictions(
         num_seeds=runs.outputs.shape[1],
         num_draws=runs.outputs.shape[0],
         num_resamples=num_resamples,
-        num_undefined=interval.num_undefined,
+        num_undefined=undefined,
         per_class=tuple(part.score(drawn, runs.patients) for part, drawn in zip(parts, by_part[1:])),
         ece=_calibration(runs, "ece"),
         brier=_calibration(runs, "brier"),

@@ -12,7 +12,7 @@ from hilum.bench.judge.runs import read_runs
 from hilum.bench.report.pictures import Line, forest
 from hilum.bench.report.results import FULL, Entry, Results
 from hilum.bench.report.tables import IN_UNITS
-from hilum.errors import UsageError
+from hilum.errors import InputError, UsageError
 from hilum.metrics import METRICS
 from hilum.pages import Page
 from hilum.stats import MeanRank, bootstrap_many, holm, mean_ranks
@@ -29,13 +29,17 @@ def add_differences(page: Page, found: Results, reference: str | None, progress:
     if len(methods) < 2:
         return
     chosen = reference or methods[0]
-    rows = _compare_all(found, [m for m in methods if m != chosen], chosen, progress)
+    rows, not_compared = _compare_all(found, [m for m in methods if m != chosen], chosen, progress)
     page.section(
         f"Differences to {chosen}",
         "Same cases, same resampled patients for both models. p: patients' predictions exchanged between the models "
         f"(permutation); Holm: corrected for all {len(rows)} comparisons of this table, so that at most 5 % of such tables "
         "hold a false claim.",
     )
+    for sentence in dict.fromkeys(not_compared):
+        page.note(f"Not compared: {sentence}.")
+    if not rows:
+        return
     _draw(page, rows, chosen)
     table = []
     for method, r in rows:
@@ -49,17 +53,20 @@ def add_differences(page: Page, found: Results, reference: str | None, progress:
 
 def _compare_all(
     found: Results, methods: Sequence[str], reference: str, progress: Progress | None
-) -> list[tuple[str, TaskComparison]]:
-    """Every shared task of every method; Holm over all of them."""
-    rows = []
+) -> tuple[list[tuple[str, TaskComparison]], list[str]]:
+    """Every shared task of every method, Holm over all of them; and why a task is not among them."""
+    rows, not_compared = [], []
     resamples = int(found.record["settings"].get("num_resamples", 10_000))
     theirs = {e.task: e for e in found.entries if e.method == reference and e.protocol == FULL}
     ours = [e for m in methods for e in found.entries if e.method == m and e.protocol == FULL and e.task in theirs]
     for done, e in enumerate(ours, 1):
-        told = compare_results(
-            found.folder, first_is=_is(e), second_is=_is(theirs[e.task]), num_resamples=resamples, seed=0
-        )
-        rows += [(e.method, row) for row in told.tasks]
+        try:
+            told = compare_results(
+                found.folder, first_is=_is(e), second_is=_is(theirs[e.task]), num_resamples=resamples, seed=0
+            )
+            rows += [(e.method, row) for row in told.tasks]
+        except InputError as error:  # one patient only, or different cases: the other tasks go on
+            not_compared.append(f"{e.task}: {error}")
         if progress:
             progress(done, len(ours), f"comparing with {reference}")
     corrected = holm([row.p for _, row in rows])
@@ -67,7 +74,7 @@ def _compare_all(
     for (method, row), p in zip(rows, corrected.tolist()):
         ahead = (row.difference > 0) == METRICS[row.metric].higher_is_better
         made.append((method, replace(row, p_holm=p, better=("first" if ahead else "second") if p < ALPHA else "")))
-    return made
+    return made, not_compared
 
 
 def _is(e: Entry) -> dict[str, str]:
@@ -109,7 +116,9 @@ def ranks_of(found: Results, methods: Sequence[str]) -> tuple[tuple[str, ...], l
     for task in found.tasks:
         entries = {e.method: e for e in found.of(task)}
         runs = {m: read_runs(e.predictions()) for m, e in entries.items() if m in methods}
-        if len(runs) < len(methods) or any(not np.array_equal(r.cases, runs[methods[0]].cases) for r in runs.values()):
+        if len(runs) < len(methods) or any(len(set(r.patients.tolist())) < 2 for r in runs.values()):
+            continue  # one patient has no interval
+        if any(not np.array_equal(r.cases, runs[methods[0]].cases) for r in runs.values()):
             continue
         metric = entries[methods[0]].score.metric
         columns = [

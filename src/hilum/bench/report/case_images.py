@@ -1,7 +1,7 @@
 """Pictures of cases for the page, drawn from the data sets when they are at hand."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,32 @@ from numpy.typing import NDArray
 
 from hilum.archive.privacy import Key, read_key
 from hilum.bench.run.scans import CaseReader
-from hilum.bench.run.suites import read_task
+from hilum.bench.run.suites import open_task
 from hilum.bench.splits import hash_case
 from hilum.bench.task import Case, Task
 from hilum.errors import HilumError
 
 
 def data_pictures(
-    tasks: dict[str, Task], data: Path, key: Key | None = None
+    tasks: dict[str, Task], data: Path, key: Key | None = None, own: Sequence[Path] = ()
 ) -> Callable[[str, str], tuple[NDArray[Any], str] | None]:
     """What `show_results` takes as `image_of`: the slice of a case that its task names, the slice where its region is
     largest, or else the middle one. None for cases that the folder does not hold under this key.
 
     data   folder of the data sets, as for `hilum bench run`
+    own    TOML files of tasks of one's own: results hold no path, so without its file such a task has no pictures
     """
     key = key or read_key()
     reader = CaseReader()
     known: dict[str, dict[str, Case]] = {}
+    files = {f"own:{path.stem}": path for path in own}
 
     def image_of(task: str, case: str) -> tuple[NDArray[Any], str] | None:
         if task not in known:
             known[task] = {}
             with contextlib.suppress(HilumError):  # a page does without pictures
-                known[task] = {hash_case(tasks[task], c, key): c for c in read_task(tasks[task], data).cases}
+                cases = open_task(files.get(task, tasks[task]), data)[1].cases
+                known[task] = {hash_case(tasks[task], c, key): c for c in cases}
         found = known[task].get(case)
         if found is None:
             return None

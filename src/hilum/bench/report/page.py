@@ -42,6 +42,7 @@ def show_results(
     *,
     reference: str | None = None,
     data: str | Path | None = None,
+    own: Sequence[Path] = (),
     csv: str | Path | None = None,
     latex: str | Path | None = None,
     progress: Progress | None = None,
@@ -50,6 +51,7 @@ def show_results(
 
     reference  the model that the others are compared with; None: the first
     data       folder of the data sets, from which the worst cases are drawn; None: files RESULTS/pictures/CASE.png, if any
+    own        TOML files of tasks of one's own, for their pictures
     csv, latex also write all scores, or one table a suite, to these files
 
     returns    num_tasks, num_models, num_scores
@@ -63,7 +65,7 @@ def show_results(
     add_differences(page, found, reference, progress)
     _add_curves(page, found)
     _add_calibration(page, found)
-    image_of = folder_pictures(found.folder) if data is None else data_pictures(dict(found.tasks), Path(data))
+    image_of = folder_pictures(found.folder) if data is None else data_pictures(dict(found.tasks), Path(data), own=own)
     _add_all_cases(page, found, image_of, progress)
     add_how(page, found)
     page.write(Path(out))
