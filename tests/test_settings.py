@@ -39,6 +39,16 @@ def test_round_trip_through_plain_values_and_toml(tmp_path):
     assert isinstance(found.clip, float)
 
 
+def test_what_is_missing_is_named():
+    @dataclass(frozen=True, kw_only=True)
+    class Whole:
+        crops: Crops
+        title: str
+
+    with pytest.raises(UsageError, match=r"^mine: crops is missing; title is missing$"):
+        from_dict(Whole, {}, "mine")
+
+
 def test_overrides_reach_every_kind_of_value():
     changes = ["steps=5", "rate=1", "name=big", "loss=lejepa", "guided=false", "clip=0.5", "crops.scales=[0.2, 0.3, 1]"]
     found = override(Recipe(), changes)

@@ -123,11 +123,17 @@ def _build(cls: Any, values: Any, prefix: str, complaints: list[str]) -> Any:
     for name in sorted(values.keys() - fields):
         complaints.append(f"unknown setting {prefix}{name} (known: {', '.join(sorted(fields))})")
     built = {n: _convert(hints[n], v, f"{prefix}{n}", complaints) for n, v in values.items() if n in fields}
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    complaints += [f"{prefix}{name} is missing" for name in needed if name not in values]
     if complaints:  # from here or from before: nothing will be used
         return None
     try:
         return cls(**built)
-    except (TypeError, ValueError) as error:  # a missing required field, or a check in __post_init__
+    except (TypeError, ValueError) as error:  # a check in __post_init__
         complaints.append(f"{prefix.rstrip('.') or 'settings'}: {error}")
         return None
 

@@ -135,6 +135,13 @@ def test_a_folder_that_is_not_there_is_named(folder: Path) -> None:
     assert "'elsewhere' below" in found.problems[0].expected
 
 
+def test_what_to_check_is_named_as_it_was_given(folder: Path, hilum: Callable[..., tuple[int, str, str]]) -> None:
+    path = toml(folder, "classification", "slice", "accuracy", PLACES, classes='["a"]')
+    code, _, error = hilum("bench", "run", "--task", path, "--data", folder, "--model", "pixels", "-o", folder / "out")
+    assert code == 3
+    assert f"hilum bench check {path}" in error
+
+
 def test_the_audit_looks_at_a_task_of_ones_own(folder: Path, hilum: Callable[..., tuple[int, str, str]]) -> None:
     made.nifti(folder / "scans/2.nii.gz", made.scan(1))  # the scan of another patient
     data = PLACES + 'split = "side"\ntrain = ["fold1"]\nval = []\ntest = ["fold2"]\nslice = "slice"'

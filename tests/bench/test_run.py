@@ -77,8 +77,19 @@ def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder):
     """Localisation and segmentation; the true voxels of a class are those of the label map."""
     write_phantom_scans(tmp_path / "phantom", replace(SMALL, num_patients=36, num_heads=1, num_slices=8))
     tasks = tasks_of("lesion-centre", "solid-organs")
-    result = run_bench(tasks, [str(encoder_folder)], tmp_path, tmp_path / "out", replace(QUICK, seeds=1))
+    said = []
+    result = run_bench(
+        tasks,
+        [str(encoder_folder)],
+        tmp_path,
+        tmp_path / "out",
+        replace(QUICK, seeds=1),
+        progress=lambda *a: said.append(a),
+    )
     assert [s["kind"] for s in result["scores"]] == ["localisation", "segmentation"]
+    steps = [(done, total) for done, total, what in said if what.startswith("segmentation head of ")]
+    assert len(steps) > 10  # minutes on real scans
+    assert steps[-1] == (len(steps), len(steps))
     assert not result["left_out"]
     table = read_predictions(tmp_path / "out" / "predictions" / result["scores"][1]["file"])
     (task, found) = open_task(tasks[1], tmp_path)

@@ -113,7 +113,8 @@ def audit(
 def _read(asked: Asked, data: Path, seed: int, progress: Progress | None) -> tuple[Task, tuple[Case, ...]]:
     task, found = open_task(asked, data, seed=seed, progress=progress)
     if not found.cases:
-        raise InputError(f"{task.id} has no case in this folder; see what is missing: hilum bench check {task.id}")
+        name = asked if isinstance(asked, Path) else task.id
+        raise InputError(f"{task.id} has no case in this folder; see what is missing: hilum bench check {name}")
     return task, found.cases
 
 

@@ -8,7 +8,7 @@ from hilum.bench.report.results import FULL, Entry, read_results
 from hilum.bench.report.tables import cell_of, cell_of_paper, published_of, same_model
 from hilum.bench.task import Task
 from hilum.errors import InputError
-from hilum.terminal import wrap_row
+from hilum.terminal import few, wrap_row
 
 WIDE = 0.05  # half a width of an interval from which a test set is called small
 
@@ -77,7 +77,7 @@ def reproduce(results: str | Path, task: str, model: str) -> Reproduction:
     if not entries:
         have = sorted({f"{e.task} {e.model}" for e in found.entries if e.protocol == FULL})
         raise InputError(
-            f"{task} of {model} is not in these results ({', '.join(have)}); "
+            f"{task} of {model} is not in these results ({few(have)}); "
             f"run it: hilum bench run --task {task} --model {model}"
         )
     about = found.tasks[task]

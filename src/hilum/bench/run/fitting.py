@@ -17,6 +17,7 @@ from hilum.bench.task import Case, Task
 from hilum.probe.heads import head_class, make_head
 from hilum.probe.heads.dense import SegmentationHead
 from hilum.records import hash_json
+from hilum.terminal import Progress
 from hilum.volume import Volume
 
 
@@ -82,14 +83,16 @@ def fit_trials(
     seeds: int,
     seed: int,
     device: str = "cpu",
-    progress: Any = None,
+    progress: Progress | None = None,
 ) -> pa.Table:
     """Rows of SCHEMA: val and test cases of each trial and head seed."""
     if material.task.kind == "retrieval":
         return _retrieve(material, names, seed)
     tables = []
     for done, trial in enumerate(trials, 1):
-        outputs, rows = _fit(material, trial, names, seeds=seeds, seed=seed + 1000 * trial.draw, device=device)
+        outputs, rows = _fit(
+            material, trial, names, seeds=seeds, seed=seed + 1000 * trial.draw, device=device, progress=progress
+        )
         tables.append(_rows(material, trial, names, outputs, rows))
         if progress:
             progress(done, len(trials), f"heads, {material.task.id} {names.head} {names.protocol}")
@@ -97,7 +100,7 @@ def fit_trials(
 
 
 def _fit(
-    material: Material, trial: Trial, names: Names, *, seeds: int, seed: int, device: str
+    material: Material, trial: Trial, names: Names, *, seeds: int, seed: int, device: str, progress: Progress | None
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
     """(S, N, O) of the val and test rows, and these rows."""
     task = material.task
@@ -105,6 +108,7 @@ def _fit(
     wanted = {"task": task.kind, "seeds": seeds, "device": device, "num_classes": len(task.classes)}
     options = {name: value for name, value in wanted.items() if name in known}
     head = make_head(names.head, seed=seed, **options)
+    head.progress = _saying(f"{names.head} head of {names.model}, {task.id}", progress)
     tokens = names.features == TOKEN_FEATURES
     X: Any = material.features.sequence() if tokens else material.features.vectors(names.features)
     y = head_targets(material)
@@ -116,6 +120,11 @@ def _fit(
     if task.kind == "classification":
         outputs = all_classes(outputs, head.classes_, len(task.classes))
     return outputs, rows
+
+
+def _saying(what: str, progress: Progress | None) -> Progress | None:
+    """A progress that says what of its own."""
+    return None if progress is None else lambda done, total, _: progress(done, total, what)
 
 
 def head_targets(material: Material) -> Any:

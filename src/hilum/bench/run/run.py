@@ -145,13 +145,14 @@ class _Bench:
         cache = self.out / "features" / "labels"
         task, found = open_task(asked, self.data, seed=self.settings.seed, cache=cache, progress=self.progress)
         lost = sum(problem.cases for problem in found.problems)
+        check = f"hilum bench check {asked if isinstance(asked, Path) else task.id}"
         if not found.cases:
             said = "; ".join(f"{p.path}: {p.found}, expected {p.expected}" for p in found.problems[:3])
-            raise InputError(f"{task.id} has no case in this folder ({said}); see: hilum bench check {task.id}")
+            raise InputError(f"{task.id} has no case in this folder ({said}); see: {check}")
         if lost and not self.settings.allow_missing:
             said = few((f"{p.path}: {p.found}" for p in found.problems), 3)
             raise InputError(
-                f"{task.id}: {lost} cases are missing or malformed ({said}). See all: hilum bench check {task.id}; "
+                f"{task.id}: {lost} cases are missing or malformed ({said}). See all: {check}; "
                 "or go on without them: --allow-missing"
             )
         split_hash = write_split(self.out / "splits" / f"{_slug(task.id)}.csv", task, found.cases, self.key)

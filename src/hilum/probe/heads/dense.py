@@ -226,6 +226,7 @@ class SegmentationHead(Head):
             score=lambda parts, pieces: _mean_dice(torch.stack(parts, 1)),
             stop=stop,
             device=self.device,
+            progress=self.progress,
         )
 
     def _loss(self, logits: Tensor, truth: Tensor) -> Tensor:

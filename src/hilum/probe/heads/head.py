@@ -20,6 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.utils.validation import check_array, check_is_fitted
 
 from hilum.errors import UsageError
+from hilum.terminal import Progress
 
 Task = Literal["classification", "multilabel", "regression", "survival", "localisation", "segmentation"]
 Array = NDArray[Any]
@@ -35,6 +36,7 @@ class Head(BaseEstimator, ABC):  # type: ignore[misc]
 
     tasks     what it can do
     sees      "vectors": X is (N, D) numbers; "tokens": a sequence of the tokens of N scans
+    progress  told of the steps of a long `fit`, where somebody set it; no setting
     classes_  after fitting, in classification: the classes of `fit`, sorted; outputs have one column for each
     """
 
@@ -42,6 +44,7 @@ class Head(BaseEstimator, ABC):  # type: ignore[misc]
     sees: ClassVar[Literal["vectors", "tokens"]] = "vectors"
     task: Task
     classes_: Array
+    progress: Progress | None = None
 
     @abstractmethod
     def fit(self, X: Any, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:

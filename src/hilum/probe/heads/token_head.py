@@ -116,6 +116,7 @@ class TokenHead(Head):
             couples_cases=self.task == "survival",
             stop=stop,
             device=self.device,
+            progress=self.progress,
         )
         if self.task == "regression":  # the last layer speaks in the unit of y
             fitted.weights["classifier.weight"] *= spread
