@@ -121,6 +121,19 @@ def test_the_interval_is_never_cut(tmp_path):
     assert "DeLong" not in found.table()
 
 
+def test_encoders_that_pool_in_their_own_ways_are_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(NUM) % 2
+    for model, features in (("a", "class"), ("b", "class+mean")):
+        write(tmp_path, make_table("classification", y, binary(rng, y, 0.1), model=model, features=features))
+    found = compare_results(tmp_path, first_is={"model": "a"}, second_is={"model": "b"}, **FEW)
+    assert len(found.tasks) == 1
+    assert found.notes() == ["t linear full: features class of A, class+mean of B"]
+    write(tmp_path, make_table("classification", y, binary(rng, y, 0.1), model="b", features="mean"))
+    with pytest.raises(UsageError, match="nothing to compare"):  # which of the two is not said
+        compare_results(tmp_path, first_is={"model": "a"}, second_is={"model": "b"}, **FEW)
+
+
 def test_two_heads_of_one_model(results):
     rng = np.random.default_rng(0)
     y = np.arange(NUM) % 2

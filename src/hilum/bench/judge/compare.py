@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +70,8 @@ class TaskComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two models on all tasks they share. `left_out` names what could not be compared, with the reason."""
+    """Two models on all tasks they share. `left_out` names what could not be compared, with the reason, `pooled`
+    where the two see other features."""
 
     first: str
     second: str
@@ -79,6 +80,7 @@ class Comparison:
     second_rank: MeanRank
     left_out: tuple[str, ...]
     num_resamples: int
+    pooled: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """Who is better, on how many tasks, and the mean ranks."""
@@ -119,7 +121,7 @@ class Comparison:
             for t in self.tasks
             if t.only_first or t.only_second
         ]
-        return [*found, *(f"left out: {text}" for text in self.left_out)]
+        return [*found, *self.pooled, *(f"left out: {text}" for text in self.left_out)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -142,7 +144,7 @@ def compare_results(
     first, second        RESULTS folders; without `second` both sides are in `first`
     first_is, second_is  what a side is, e.g. {"model": "curia-2-b"}, {"head": "knn"}; keys among task, model, features, head,
                          protocol. What neither side names must be equal in both; the model need not be where each folder
-                         holds one
+                         holds one, nor the features where each side has one for a task: encoders pool in their own ways
     metrics              task → metric; else what the predictions file names, else that of the kind
 
     UsageError when a side is ambiguous or empty; InputError when nothing is shared, or the two sides disagree on the truth.
@@ -153,7 +155,7 @@ def compare_results(
     found = [_find(folder, wanted) for folder, wanted in ((first, one), (second or first, two))]
     free = {"model"} if second and all(len({k[1] for k in f}) == 1 for f in found) else set()
     matched = [name for name in SETTINGS if name not in one and name not in two and name not in free]
-    sides = [_by_key(f, matched) for f in found]
+    sides, pooled = _whatever_features(_by_key(found[0], matched), _by_key(found[1], matched), matched)
     both = sorted(sides[0].keys() & sides[1].keys())
     if not both or any(sides[0][k] == sides[1][k] for k in both):
         raise UsageError(
@@ -174,8 +176,9 @@ def compare_results(
             progress(done + 1, len(both), "comparing")
     if not rows:
         raise InputError(f"no task can be compared: {few(left_out)}")
-    return _summary(rows, _side_name(first, one, found[0], free), _side_name(second or first, two, found[1], free), left_out,
+    told = _summary(rows, _side_name(first, one, found[0], free), _side_name(second or first, two, found[1], free), left_out,
                     num_resamples)  # fmt: skip
+    return replace(told, pooled=tuple(pooled))
 
 
 def _compare_task(
@@ -305,6 +308,23 @@ def _by_key(found: Mapping[Key, Path], matched: list[str]) -> dict[Key, Path]:
     return sides
 
 
+def _whatever_features(
+    first: dict[Key, Path], second: dict[Key, Path], matched: list[str]
+) -> tuple[tuple[dict[Key, Path], dict[Key, Path]], list[str]]:
+    """Both sides with the features struck out of the keys that have one on each side, but another; and a note on each."""
+    notes: list[str] = []
+    if "features" not in matched:
+        return (first, second), notes
+    at = matched.index("features")
+    rest = [{key: (*key[:at], "", *key[at + 1 :]) for key in side} for side in (first, second)]
+    for short in sorted(set(rest[0].values()) & set(rest[1].values())):
+        one, two = ([key for key, name in side.items() if name == short] for side in rest)
+        if len(one) == len(two) == 1 and one != two:
+            first[short], second[short] = first.pop(one[0]), second.pop(two[0])
+            notes.append(f"{_name(short)}: features {one[0][at]} of A, {two[0][at]} of B")
+    return (first, second), notes
+
+
 def _varying(keys: Sequence[Key], names: Sequence[str]) -> list[int]:
     """Places of the keys that tell rows of one task apart."""
     tasks: dict[str, list[Key]] = {}
@@ -319,7 +339,7 @@ def _listed(found: Mapping[Key, Path]) -> str:
 
 
 def _name(key: Key) -> str:
-    return " ".join(key)
+    return " ".join(part for part in key if part)
 
 
 def _side_name(results: Path, wanted: Mapping[str, str], found: Mapping[Key, Path], free: set[str]) -> str:
