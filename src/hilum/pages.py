@@ -26,7 +26,7 @@ h1 { font-size: 1.9rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 0 
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
 section { padding: 1.4rem 1.6rem; margin: 0 0 1.3rem; }
 section p { max-width: 46rem; margin: .3rem 0 1rem; }
-nav { margin: 0 0 1.6rem; font-size: .92rem; } nav a { margin-right: 1.1rem; }
+nav { margin: 0 0 1.6rem; font-size: .92rem; } nav a { display: inline-block; margin-right: 1.1rem; }
 a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 0 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
