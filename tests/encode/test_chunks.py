@@ -244,3 +244,14 @@ def test_the_estimate_holds(size, dtype, patch, sides):
     config = ViTConfig(size=size, patch=(patch,) * 3, image=(8 * patch,) * 3, positions="rotary", num_registers=4)
     estimate = memory_estimate(config, math.prod(sides) + 5, getattr(torch, dtype))
     assert estimate == pytest.approx(int(done.stdout), rel=0.3)
+
+
+def test_blocks_on_request():
+    """No more than so many patches at once, though memory would allow it."""
+    encoder, prepared = Encoder(vit(), CONTRACT, "vit", patch=PATCH), smooth()
+    asked = max(math.prod(prepared.grid) // 2, 27)
+    tokens, notes = encode_prepared(encoder, prepared, most=asked)
+    expected = encode_chunks(encoder, prepared, asked)
+    assert torch.equal(tokens.patches, expected.patches)
+    assert len(notes) == 1
+    assert f"of up to {asked:,} patches" in notes[0]

@@ -191,7 +191,7 @@ def volume_encoder(monkeypatch: pytest.MonkeyPatch) -> Encoder:
         return SimpleNamespace(image=image, affine=vol.affine @ scale, grid=(z, y, x), notes=("cut to whole patches",))
 
     monkeypatch.setattr("hilum.encode.items.prepare_volume", prepare_volume)
-    monkeypatch.setattr("hilum.encode.features.encode_prepared", lambda e, p: (e.tokens(p.image[None]), ()))
+    monkeypatch.setattr("hilum.encode.features.encode_prepared", lambda e, p, most: (e.tokens(p.image[None]), ()))
     return Encoder(Mean3D(), VolumeContract(pooling="mean"), "mean3d", patch=(2, 4, 4))
 
 
