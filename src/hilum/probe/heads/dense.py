@@ -138,7 +138,7 @@ class SegmentationHead(Head):
         seeds: int = 5,
         learning_rates: tuple[float, ...] = (1e-3, 5e-3),
         epochs: int = 20,
-        batch_size: int = 4,
+        batch_size: int = 1,
         optimiser: Literal["adamw", "sgd"] = "adamw",
         weight_decay: float = 0.01,
         schedule: Literal["constant", "cosine"] = "cosine",
