@@ -1,7 +1,6 @@
 """The commands. Each function parses, calls, prints and picks the exit code; heavy libraries load when called."""
 
 import contextlib
-import json
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ from hilum.cli_predict import predict
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import store_app
 from hilum.errors import EXIT_BUG, EXIT_INPUT_REFUSED, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
+from hilum.terminal import print_result
 
 app = typer.Typer(
     add_completion=False,
@@ -73,10 +73,6 @@ def main() -> None:
         sys.exit(EXIT_BUG)
 
 
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, sort_keys=True) if as_json else text)
-
-
 @app.command()
 def demo(out: Out = Path("demo"), seed: Seed = 0, as_json: Json = False, quiet: Quiet = False) -> None:
     """The whole story on a phantom archive: ends in OUT/report.html."""
@@ -85,7 +81,7 @@ def demo(out: Out = Path("demo"), seed: Seed = 0, as_json: Json = False, quiet: 
 
     with Reporter(quiet) as progress:
         result = run(out, seed=seed, progress=progress)
-    _print(result, as_json, f"report: {out / 'report.html'}  ({result['seconds']:.0f} s)")
+    print_result(result, as_json, f"report: {out / 'report.html'}  ({result['seconds']:.0f} s)")
 
 
 @app.command()
@@ -113,7 +109,7 @@ def phantom(
             form=form,
             progress=progress,
         )
-    _print(result, as_json, f"{out}: {result['num_patients']} patients, {result['num_files']:,} files")
+    print_result(result, as_json, f"{out}: {result['num_patients']} patients, {result['num_files']:,} files")
 
 
 @app.command()
@@ -138,7 +134,7 @@ def scan(
         counts = scan_to(
             out, archive, pixels=pixels, policy=policy, num_workers=num_workers, engine=engine, progress=progress
         )
-    _print(counts, as_json, _ledger_text(counts))
+    print_result(counts, as_json, _ledger_text(counts))
 
 
 @app.command()
@@ -165,7 +161,7 @@ def prepare(
     )
     with Reporter(quiet) as progress, contextlib.redirect_stdout(sys.stderr):  # Ray writes messages to stdout
         counts = run(archive, out, policy=policy, num_workers=num_workers, engine=engine, progress=progress)
-    _print(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
+    print_result(counts, as_json, f"{_ledger_text(counts)}\n{out}: {counts['num_volumes']:,} volumes")
     if any(row["fault"] for row in counts["refused"].values()):
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -215,7 +211,7 @@ def probe(
             progress=progress,
         )
     saved = f"\n{save}: the head, fitted on all cases" if save else ""
-    _print(result.to_dict(), as_json, _probe_text(result) + saved)
+    print_result(result.to_dict(), as_json, _probe_text(result) + saved)
 
 
 app.command()(predict)
@@ -237,7 +233,7 @@ def inspect(
     with Reporter(quiet) as progress:
         result = run(source, series=series, out=out, progress=progress)
     page = f"\n\n{out}: a page with pictures" if out else ""
-    _print(result, as_json, terminal_text(result) + page)
+    print_result(result, as_json, terminal_text(result) + page)
 
 
 @app.command()
@@ -263,7 +259,7 @@ def show(
         from hilum.pretrain.watch.report import show_run
 
         told = show_run(thing, out)
-        _print(told, as_json, f"{out}: {told['num_steps']:,} steps, {told['num_events']:,} events")
+        print_result(told, as_json, f"{out}: {told['num_steps']:,} steps, {told['num_events']:,} events")
         return
     from hilum.terminal import Reporter
 
@@ -274,7 +270,7 @@ def show(
             told = show_results(
                 thing, out, reference=reference, data=archive, own=task or (), csv=csv, latex=latex, progress=progress
             )
-        _print(
+        print_result(
             told,
             as_json,
             f"{out}: {told['num_scores']:,} scores, {told['num_models']} models, {told['num_tasks']} tasks",
@@ -284,7 +280,7 @@ def show(
 
     with Reporter(quiet) as progress:
         counts = run(thing, out, archive=archive, progress=progress)
-    _print(counts, as_json, f"{out}: {counts['num_files']:,} files, {counts['num_used']:,} scans used")
+    print_result(counts, as_json, f"{out}: {counts['num_files']:,} files, {counts['num_used']:,} scans used")
 
 
 app.command()(models)

@@ -1,12 +1,12 @@
 """`hilum bench …`: compare encoders on the tasks of published benchmarks, on a phantom, or on one's own."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hilum.errors import EXIT_SOME_LEFT_OUT, UsageError
+from hilum.terminal import print_result
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Benchmarks: run encoders on tasks, compare them, check data and leaks."
@@ -25,10 +25,6 @@ Data = Annotated[Path, typer.Option(help="Folder of the data sets; the phantom i
 Folder = Annotated[Path, typer.Argument(metavar="RESULTS", help="What hilum bench run wrote.")]
 
 
-def _print(result: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(result, sort_keys=True) if as_json else text)
-
-
 @bench_app.command("list")
 def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
     """The tasks, with kind, unit, metric and chance."""
@@ -39,7 +35,7 @@ def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
     tasks = [t for t in (choose_tasks(suite) if suite else all_tasks()) if not isinstance(t, Path)]
     rows = [[t.id, t.title, t.kind, t.unit, t.metric, "" if t.chance is None else f"{t.chance:.3g}"] for t in tasks]
     table = format_table(["task", "about", "kind", "unit", "metric", "chance"], rows)
-    _print([to_dict(task) for task in tasks], as_json, table)
+    print_result([to_dict(task) for task in tasks], as_json, table)
 
 
 @bench_app.command()
@@ -82,7 +78,7 @@ def run(
             allow_missing=allow_missing, batch_size=batch_size, device=device, precision=precision,
             num_workers=num_workers, seed=seed, progress=progress,
         )  # fmt: skip
-    _print(result, as_json, _results_text(result))
+    print_result(result, as_json, _results_text(result))
     if result["left_out"]:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -103,7 +99,7 @@ def check(
     found = describe(chosen, cases, task_folder(chosen, data))
     problems = [to_dict(problem) for problem in found.found.problems]
     facts = {"task": task, "num_cases": len(found.found.cases), "num_lost": found.lost, "problems": problems}
-    _print(facts, as_json, found.text)
+    print_result(facts, as_json, found.text)
     if found.exit_code:
         raise typer.Exit(found.exit_code)
 
@@ -138,7 +134,7 @@ def compare(
             progress=progress,
         )
     told = [wrap_row([], [], line) for line in (found.sentence(), *found.notes())]
-    _print(found.to_dict(), as_json, "\n".join([found.table(), "", *told]))
+    print_result(found.to_dict(), as_json, "\n".join([found.table(), "", *told]))
 
 
 @bench_app.command()
@@ -161,7 +157,7 @@ def audit(
         found = look(
             choose_tasks(suite, task or ()), data, store=store, model=model, features=features, progress=progress
         )
-    _print(found.to_dict(), as_json, found.text())
+    print_result(found.to_dict(), as_json, found.text())
     if found.leaks:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -186,7 +182,7 @@ def reproduce(
         with Reporter(quiet) as progress:
             bench([model], data, results, tasks=[task], device=device, progress=progress)
     found = beside(results, task, model)
-    _print(found.to_dict(), as_json, found.text())
+    print_result(found.to_dict(), as_json, found.text())
 
 
 def _pairs(given: list[str] | None) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """`hilum embed`: any scans → one feature table."""
 
 import contextlib
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hilum.errors import EXIT_SOME_LEFT_OUT, UsageError
+from hilum.terminal import WIDTH, print_result
 
 
 def embed(
@@ -58,7 +58,7 @@ def embed(
                 precision=precision, revision=revision,
                 num_workers=num_workers, engine=engine, form=form, seed=seed, progress=progress,
             )  # fmt: skip
-    print(json.dumps(result, sort_keys=True) if as_json else _text(result, out))
+    print_result(result, as_json, _text(result, out))
     if result["left_out"]:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -80,8 +80,6 @@ def _take_y_hat(folder: str, name: str, out: Path, form: str | None) -> dict[str
 
 
 def _text(result: dict[str, Any], out: Path) -> str:
-    from hilum.terminal import WIDTH
-
     lines = [
         f"{out}: {result['num_rows']:,} rows of {result['num_scans']:,} scans, model {result['model']}; "
         f"{result['num_encoded']:,} new or changed"

@@ -1,6 +1,5 @@
 """`hilum models`, `info`, `pull`, `doctor` and `export`: which encoders there are, what they expect, whether they are whole."""
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from hilum.errors import EXIT_INPUT_REFUSED, UsageError
+from hilum.terminal import print_result
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a name of hilum models, or OWNER/NAME.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit; the table's by default.")]
 WIDTH = 100
-
-
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, sort_keys=True) if as_json else text)
 
 
 def models(
@@ -48,7 +44,7 @@ def models(
     columns = ["model", "dim", "size", "trained on", "licence of weights", "weights", "here"]
     told = "hilum info MODEL says what a model expects, hilum pull MODEL fetches it."
     record = {"models": [{**record_of(m), "pulled": here[m.name]} for m in MODELS.values()]}
-    _print(record, as_json, f"{format_table(columns, rows, WIDTH)}\n\n{told}")
+    print_result(record, as_json, f"{format_table(columns, rows, WIDTH)}\n\n{told}")
 
 
 def info(model: Model, revision: Revision = None, as_json: Json = False) -> None:
@@ -64,7 +60,7 @@ def info(model: Model, revision: Revision = None, as_json: Json = False) -> None
         words = in_words(released.contract)
     else:
         record, words = _loaded(model, revision)
-    _print({**record, "contract_in_words": words}, as_json, _info_text(model, record, words))
+    print_result({**record, "contract_in_words": words}, as_json, _info_text(model, record, words))
 
 
 def _loaded(model: str, revision: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -167,7 +163,7 @@ def pull(
     size = sum(file["size"] for file in record["files"].values())
     done = "fetched" if record["fetched"] else "was here, every hash is right"
     text = f"{record['folder']}: {len(record['files'])} files, {size / 1e6:,.1f} MB, commit {record['revision'][:12]}, {done}"
-    _print(record, as_json, text)
+    print_result(record, as_json, text)
 
 
 def doctor(
@@ -187,7 +183,7 @@ def doctor(
         from hilum.encode.zoo import load_encoder
 
         found = compare_upstream(scan, load_encoder(model, revision=revision, device=device))
-        _print(found, as_json, _upstream_text(found))
+        print_result(found, as_json, _upstream_text(found))
         return
     from hilum.encode.released.doctor import check_model
     from hilum.terminal import Reporter, wrap_row
@@ -202,7 +198,7 @@ def doctor(
     if told["images_per_s"] is not None:
         lines.append(f"{told['images_per_s']:,} slices a second on {told['device']}, one at a time")
     lines.append(f"{told['faults']} faults" if told["faults"] else "no faults")
-    _print(told, as_json, "\n".join(lines))
+    print_result(told, as_json, "\n".join(lines))
     if told["faults"]:
         raise typer.Exit(EXIT_INPUT_REFUSED)
 
@@ -241,4 +237,4 @@ def export(
     told = run(model, out, to)
     apart = f"tokens differ by {told['max_difference']:.1e}, allowed are {told['tolerance']:.0e}"
     text = f"{out}: {', '.join(told['files'])}; loaded with {told['checked_with']}, {apart}"
-    _print(told, as_json, text)
+    print_result(told, as_json, text)

@@ -2,11 +2,12 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hilum.terminal import print_result
 
 if TYPE_CHECKING:
     from hilum.probe.predict import Predicted
@@ -37,7 +38,7 @@ def predict(
         writer.writeheader()
         writer.writerows(found.rows)
         write_text(out, text.getvalue())
-    print(json.dumps(asdict(found), sort_keys=True) if as_json else _text(found, out))
+    print_result(asdict(found), as_json, _text(found, out))
 
 
 def _text(found: "Predicted", out: Path | None) -> str:

@@ -1,14 +1,14 @@
 """`hilum pretrain` and `hilum plan`: recipes shown, reckoned and run."""
 
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hilum.errors import UsageError
+from hilum.terminal import print_result
 
 if TYPE_CHECKING:
     from hilum.pretrain.recipe import Recipe
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: a.b=value. May be repeated.")]
-
-
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, sort_keys=True) if as_json else text)
 
 
 def _choose(name: str, sets: list[str] | None, seed: int | None = None, start_from: str | None = None) -> "Recipe":
@@ -57,11 +53,11 @@ def pretrain(
     from hilum.pretrain import describe
 
     if list_recipes:
-        _print({"recipes": describe.list_recipes()}, as_json, describe.format_list())
+        print_result({"recipes": describe.list_recipes()}, as_json, describe.format_list())
         return
     if show is not None:
         chosen = _choose(show, sets, seed, start_from)
-        _print(describe.recipe_record(chosen, show), as_json, describe.format_recipe(chosen, show))
+        print_result(describe.recipe_record(chosen, show), as_json, describe.format_recipe(chosen, show))
         return
     if recipe is None or data is None or out is None:
         raise UsageError(
@@ -74,7 +70,7 @@ def pretrain(
     with Panel(quiet) as panel:
         record = run(chosen, data, out, device=device, labels=labels, target=target, progress=panel, watch=panel.watch)
     if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
-        _print(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
+        print_result(record, as_json, f"{out / 'export'}: encoder {chosen.name} after {chosen.run.steps:,} steps")
 
 
 def plan(
@@ -96,4 +92,4 @@ def plan(
 
     hardware, chosen = parse_hardware(gpus), _choose(recipe, sets)
     made = run(chosen, None if data is None else Store(data), hardware, utilisation=utilisation)
-    _print(asdict(made), as_json, format_plan(made))
+    print_result(asdict(made), as_json, format_plan(made))

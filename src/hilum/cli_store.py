@@ -1,12 +1,12 @@
 """`hilum store …`: check, join, extend, tidy and hand on stores."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hilum.errors import EXIT_SOME_LEFT_OUT
+from hilum.terminal import print_result
 
 store_app = typer.Typer(no_args_is_help=True, help="Verify, merge, append, compact and export stores.")
 
@@ -14,10 +14,6 @@ StorePath = Annotated[Path, typer.Argument(help="A store.")]
 Workers = Annotated[int | None, typer.Option("--num-workers", help="Processes; one per core by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-
-
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, sort_keys=True) if as_json else text)
 
 
 @store_app.command()
@@ -40,7 +36,7 @@ def verify(
     )
     if found:
         text += f"; {len(found):,} findings\n" + format_table(["key", "what"], [[f["key"], f["what"]] for f in found])
-    _print(result, as_json, text if found else f"{text}; all as written")
+    print_result(result, as_json, text if found else f"{text}; all as written")
     if found:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
@@ -58,7 +54,9 @@ def merge(
 
     with Reporter(quiet) as progress:
         result = run(stores, out, progress=progress)
-    _print(result, as_json, f"{out}: {result['num_volumes']:,} volumes; {result['num_same']:,} were in several stores")
+    print_result(
+        result, as_json, f"{out}: {result['num_volumes']:,} volumes; {result['num_same']:,} were in several stores"
+    )
 
 
 @store_app.command()
@@ -75,7 +73,7 @@ def append(
 
     with Reporter(quiet) as progress:
         result = run(store, archive, num_workers=num_workers, progress=progress)
-    _print(
+    print_result(
         result,
         as_json,
         f"{store}: {result['num_volumes']:,} volumes, {result['num_new']:,} of them new; "
@@ -93,7 +91,7 @@ def compact(store: StorePath, as_json: Json = False, quiet: Quiet = False) -> No
 
     with Reporter(quiet) as progress:
         result = run(store, progress=progress)
-    _print(
+    print_result(
         result, as_json, f"{store}: {result['num_removed']:,} files removed, {result['bytes_freed'] / 1e6:.1f} MB freed"
     )
 
@@ -124,4 +122,4 @@ def export(
             result = export_webdataset(
                 store, out, shard_mb=shard_mb, voxels=voxels, num_workers=num_workers, progress=progress
             )
-    _print(result, as_json, f"{out}: {result['num_volumes']:,} volumes, {result['num_files']:,} files written")
+    print_result(result, as_json, f"{out}: {result['num_volumes']:,} volumes, {result['num_files']:,} files written")

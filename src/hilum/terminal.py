@@ -1,5 +1,6 @@
 """What the user sees while waiting and at the end: progress and tables, on a terminal or in a log file."""
 
+import json
 import sys
 import textwrap
 import time
@@ -64,6 +65,11 @@ class Reporter:
             self._last = now
             count = f"{done:,}/{total:,}" if total else f"{done:,}"
             print(f"{what}: {count} after {now - self._began:.0f} s", file=sys.stderr, flush=True)
+
+
+def print_result(result: Any, as_json: bool, text: str) -> None:
+    """What a command found, on stdout: one JSON object, or the text."""
+    print(json.dumps(result, sort_keys=True) if as_json else text)
 
 
 def format_table(
