@@ -173,3 +173,12 @@ def _quiet_split(splitter: StratifiedGroupKFold, strata: Array, owners: Array) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The least populated class")  # which `hold_out` makes good itself
         yield from splitter.split(strata[:, None], strata, owners)
+
+
+def column_moments(X: Array, tolerance: float = 1e-6) -> tuple[Array, Array]:
+    """Mean and standard deviation (D,) of the columns, float64; ∞ for a constant one, so that divided by it it counts nothing.
+
+    tolerance  a deviation below this share of the mean is rounding: of float32 1e-6, of float64 1e-9
+    """
+    mean, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
+    return mean, np.where(sd > tolerance * np.abs(mean) + 1e-12, sd, np.inf)

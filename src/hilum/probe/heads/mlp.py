@@ -15,7 +15,17 @@ from torch import Tensor
 
 from hilum.encode.encoder import pick_device
 from hilum.errors import UsageError
-from hilum.probe.heads.head import Array, Head, Task, Validation, check_targets, check_task, check_vectors, hold_out
+from hilum.probe.heads.head import (
+    Array,
+    Head,
+    Task,
+    Validation,
+    check_targets,
+    check_task,
+    check_vectors,
+    column_moments,
+    hold_out,
+)
 from hilum.probe.heads.losses import ACTIVATIONS, Loss, activate, choice_loss, make_target
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -96,8 +106,7 @@ class MLPHead(Head):
 
     def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> None:
         device = pick_device(self.device)
-        self.mean_, sd = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
-        self.scale_ = np.where(sd > 1e-6 * np.abs(self.mean_) + 1e-12, sd, np.inf)
+        self.mean_, self.scale_ = column_moments(X)
         classes = self.classes_ if self.task == "classification" else None
         target = make_target(self.task, y, classes, device, standardise=True, class_weight=self.class_weight)
         self.offset_, self.spread_ = target.offset, target.spread

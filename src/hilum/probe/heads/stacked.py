@@ -19,6 +19,7 @@ from hilum.probe.heads.head import (
     check_targets,
     check_task,
     check_vectors,
+    column_moments,
     hold_out,
 )
 from hilum.probe.heads.losses import ACTIVATIONS, activate, choice_loss, make_target
@@ -154,8 +155,8 @@ class StackedLinear(Head):
         protocol, device = PROTOCOLS[self.protocol], pick_device(self.device)
         mean, scale = np.zeros(X.shape[1]), np.ones(X.shape[1])
         if protocol.standardise:
-            mean, scale = X.mean(axis=0, dtype=np.float64), X.std(axis=0, dtype=np.float64)
-            scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, np.inf) * math.sqrt(X.shape[1])  # ∞: constant
+            mean, sd = column_moments(X)
+            scale = sd * math.sqrt(X.shape[1])
         classes = self.classes_ if self.task == "classification" else None
         target = make_target(
             self.task, y, classes, device, standardise=protocol.standardise, class_weight=self.class_weight

@@ -17,7 +17,17 @@ from threadpoolctl import threadpool_limits
 
 from hilum.errors import UsageError
 from hilum.metrics import c_index
-from hilum.probe.heads.head import Array, Head, Task, Validation, check_targets, check_task, check_vectors, hold_out
+from hilum.probe.heads.head import (
+    Array,
+    Head,
+    Task,
+    Validation,
+    check_targets,
+    check_task,
+    check_vectors,
+    column_moments,
+    hold_out,
+)
 
 PENALTIES = tuple(10.0**e for e in range(4, -4, -1))  # strong to weak
 FIXED_PENALTY = 1.0  # per event, when there is nothing to choose by
@@ -192,8 +202,7 @@ class CoxHead(Head):
 
     def _path(self, X: Array, y: Array, penalties: Any) -> list[Array]:
         """Weights (D, 1) for raw features at each penalty, up to the first that does not converge."""
-        mean, sd = X.mean(axis=0), X.std(axis=0)
-        sd = np.where(sd > 1e-9 * np.abs(mean) + 1e-12, sd, np.inf)
+        mean, sd = column_moments(X, 1e-9)
         scaled = (X - mean) / sd
         basis = None
         if X.shape[1] > len(X):
