@@ -9,6 +9,7 @@ from typing import Literal
 
 from hilum.encode.shape import ViTConfig
 from hilum.errors import UsageError
+from hilum.pretrain.volume_spec import VolumeSpec
 from hilum.settings import to_dict
 
 Range = tuple[float, float]
@@ -297,6 +298,7 @@ class Recipe:
     start_from   where the first weights come from: a hilum run or encoder folder, or a released encoder (`start.py`);
                  "" draws them
     needs_start  a stage that continues another run, and is refused without `start_from`
+    volumes      read by models with a patch of three sides only, which are trained on crops of volumes
     """
 
     name: str
@@ -304,14 +306,13 @@ class Recipe:
     needs_start: bool = False
     model: ViTConfig = field(default_factory=ViTConfig)
     views: ViewSpec = field(default_factory=ViewSpec)
+    volumes: VolumeSpec = field(default_factory=VolumeSpec)
     sampling: Sampling = field(default_factory=Sampling)
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        if len(self.model.patch) != 2:
-            raise UsageError(f"recipe {self.name}: views are 2D, so the patch has two sides; found {self.model.patch}")
         masked = int(self.views.mask_group * self.views.num_global * self.views.mask_probability)
         if self.objective.kind == "dino" and self.objective.ibot_weight and not masked:
             raise UsageError(
@@ -320,12 +321,20 @@ class Recipe:
             )
         if self.objective.regulariser == "koleo" and self.run.batch_size == self.run.accumulate:
             raise UsageError(f"recipe {self.name}: KoLeo needs at least two slices in a micro-batch; found 1")
+        if self.is_3d:
+            self.volumes.check_patch(self.model.patch)
+            return
         sizes = [("views.global_px", self.views.global_px), ("views.local_px", self.views.local_px)]
         sizes += [("views.resolutions", px) for pair in self.views.resolutions for px in pair[:2]]
         sizes += [("objective.gram_px", self.objective.gram_px)] if self.objective.gram_weight else []
         for name, px in sizes:
             if any(px % p for p in self.model.patch):
                 raise UsageError(f"{name} {px} is no multiple of the patch {self.model.patch}")
+
+    @property
+    def is_3d(self) -> bool:
+        """Whether the model is trained on crops of volumes, else on slices."""
+        return len(self.model.patch) == 3
 
     @property
     def handover_step(self) -> int:
@@ -350,6 +359,8 @@ class Recipe:
 
         values = to_dict(self)
         del values["start_from"], values["needs_start"]
+        if not self.is_3d:
+            del values["volumes"]
         for name in (*HOW, "health_every", "probe_every", "on_collapse"):
             del values["run"][name]
         return hash_json(values)
