@@ -9,6 +9,14 @@ from hilum.pretrain.recipe import Recipe
 from hilum.settings import differences, to_dict
 from hilum.terminal import WIDTH, format_table, wrap_row
 
+# settings of views that crops of volumes have no use for, or must leave out
+NOT_IN_3D = frozenset(
+    f"views.{name}"
+    for name in (
+        *("global_px", "local_px", "aspect", "flip", "min_image_foreground", "resolutions"),
+        *("ct.blur", "ct.window", "ct.windows_hu", "mr.blur", "mr.window", "mr.windows_hu"),
+    )
+)
 MAX_CELL = 22  # a longer value does not widen its column
 
 
@@ -33,16 +41,17 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(recipe: Recipe, name: str) -> list[Line]:
-    """Every setting of a recipe but its name.
+    """Every setting that a recipe reads, but its name.
 
     recipe   what will run: the recipe `name`, with changes or without
     name     a preset or TOML file; a value that differs from the preset below it is "yours"
     """
     preset = find_base(name)
     published = leaves(to_dict(RECIPES[preset]))
+    unread = NOT_IN_3D if recipe.is_3d else [name for name in SETTINGS if name.startswith("volumes.")]
     lines = []
     for setting, value in leaves(to_dict(recipe)).items():
-        if setting == "name":
+        if setting == "name" or setting in unread:
             continue
         about = SETTINGS[setting]
         source = last_change(preset, setting) or about
@@ -71,7 +80,7 @@ def list_recipes() -> list[dict[str, Any]]:
         {
             "name": name,
             "model": recipe.model.size,
-            "pixels": f"{recipe.views.global_px}/{recipe.views.local_px}",
+            "pixels": _crops(recipe),
             "batch": recipe.run.batch_size,
             "steps": recipe.run.steps,
             "what": PRESETS[name].about,
@@ -80,11 +89,18 @@ def list_recipes() -> list[dict[str, Any]]:
     ]
 
 
+def _crops(recipe: Recipe) -> str:
+    """The first shape of global and local crops."""
+    power = "³" if recipe.is_3d else ""
+    large, small, _ = recipe.crop_shapes[0]
+    return f"{large[-1]}{power}/{small[-1]}{power}"
+
+
 def format_list() -> str:
     rows = [list(row.values()) for row in list_recipes()]
     table = format_table(["name", "model", "pixels", "batch", "steps", "what it is"], rows)
     return (
-        f"{table}\n\npixels: sides of global and local crops. hilum pretrain --show NAME: every value and its origin."
+        f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every value and its origin."
     )
 
 
@@ -137,9 +153,15 @@ yours: from your file or --set. Change any by --set SECTION.NAME=VALUE, or in a 
 def show(value: Any) -> str:
     """A value as a reader would write it."""
     if isinstance(value, list | tuple):
+        if value and isinstance(value[0], list | tuple) and isinstance(value[0][0], list | tuple):  # volumes.shapes
+            return ", ".join(f"{_sides(large)}/{_sides(small)} ({show(weight)})" for large, small, weight in value)
         return ", ".join(f"({show(v)})" if isinstance(v, list | tuple) else show(v) for v in value) or "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else value or "–"
+
+
+def _sides(shape: Any) -> str:
+    return "×".join(map(str, shape))
