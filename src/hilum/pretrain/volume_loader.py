@@ -3,6 +3,7 @@
 Each step has one shape of crops, the same on all ranks, and takes its volumes from those that this shape fits.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hilum.archive.store.index import Row
-from hilum.archive.store.isotropic import is_isotropic, read_moments, read_region, read_volume_content
+from hilum.archive.store.isotropic import (
+    IsotropicSettings,
+    is_isotropic,
+    read_moments,
+    read_region,
+    read_volume_content,
+)
 from hilum.archive.store.store import Store
 from hilum.encode.volume_contract import VolumeContract
 from hilum.errors import StoreError, UsageError
@@ -25,6 +32,7 @@ from hilum.pretrain.sampling import Sampler, draw_weighted, modality_weights, sa
 from hilum.pretrain.volume_render import VolumeFacts, render_volume_views
 from hilum.pretrain.volume_spec import Shape
 from hilum.pretrain.volume_views import VolumeView, sample_volume_points, sample_volume_views
+from hilum.settings import to_dict
 
 Shapes = tuple[Shape, Shape]
 CONTENTS_KEPT = 256  # content grids that a process keeps, 128 kB each
@@ -61,12 +69,7 @@ class Crops:
     device_renders = False
 
     def __init__(self, store: Store, recipe: Recipe, contract: VolumeContract) -> None:
-        if not is_isotropic(store):
-            raise UsageError(
-                f"recipe {recipe.name} trains on volumes with cubic voxels, cut to the body; {store.root} holds scans as they "
-                f"were made. Run: hilum resample {store.root} -o {store.root}-isotropic --min-spacing "
-                f"{recipe.volumes.min_spacing_mm:g}, and give that store as --data"
-            )
+        check_store(store, recipe, contract)
         self.store, self.recipe, self.contract = store, recipe, contract
         sides = np.array(store.rows.table["shape"].to_pylist(), np.int64).reshape(-1, 3)
         weights = modality_weights(store, recipe.sampling)
@@ -106,7 +109,7 @@ class Crops:
         row, (large, small, _) = self.store.rows[volume], self.shapes[number]
         grid = patch_grid(large, recipe)
         rng = sample_rng(recipe.run.seed, sample)
-        counts = sample_mask_counts(sample, int(np.prod(grid)), recipe.views, recipe.run.seed)
+        counts = sample_mask_counts(sample, math.prod(grid), recipe.views, recipe.run.seed)
         content = self._content(self.store, row.key)
         views = sample_volume_views(
             rng, row.shape, row.unit, content, recipe.views, recipe.volumes, (large, small), grid, counts
@@ -163,10 +166,6 @@ class Crops:
         facts = volume_facts(self.store, row, self.contract)
         return render_volume_views(lambda start, size: read_region(self.store, key, start, size), views, facts)
 
-    def whole_crop(self, key: str) -> VolumeView:
-        """The largest box in the middle of a volume that has the proportions of the first global shape, unchanged."""
-        return middle_view(self.store.row(key).shape, self.shapes[0][0])
-
 
 def patch_grid(shape: Shape, recipe: Recipe) -> Shape:
     z, y, x = (n // p for n, p in zip(shape, recipe.model.patch))
@@ -180,7 +179,7 @@ def fitting(sides: NDArray[np.int64], shape: Shape, min_share: float) -> NDArray
 
 def num_crops(sides: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
     """(V,) how many crops of a shape volumes (V, 3) hold, at least 1."""
-    return np.asarray(np.maximum(np.rint(sides.prod(1) / np.prod(shape)), 1), np.int64)
+    return np.asarray(np.maximum(np.rint(sides.prod(1) / math.prod(shape)), 1), np.int64)
 
 
 def middle_view(shape: Shape, target: Shape) -> VolumeView:
@@ -189,3 +188,58 @@ def middle_view(shape: Shape, target: Shape) -> VolumeView:
     size = [min(max(round(factor * p), 1), n) for n, p in zip(shape, target)]
     start = [(n - c) // 2 for n, c in zip(shape, size)]
     return plain_view((start[0], start[1], start[2]), (size[0], size[1], size[2]), target)
+
+
+def plain_view(start: Shape, size: Shape, shape: Shape) -> VolumeView:
+    """A box as it lies in the volume, with nothing changed."""
+    return VolumeView(start, size, (0, 1, 2), (False, False, False), shape, foreground=1.0, num_rejected=0)
+
+
+def volume_facts(store: Store, row: Row, contract: VolumeContract) -> VolumeFacts:
+    """How a volume is normalised: HU by the contract's constants, others by their own mean and deviation."""
+    is_hu = row.unit == "HU"
+    mean, std = (contract.mean, contract.std) if is_hu else read_moments(store, row.key)
+    return VolumeFacts(
+        slope=row.slope,
+        intercept=row.intercept,
+        unit=row.unit,
+        mean=mean,
+        std=std or 1.0,
+        clip=contract.clip_hu if is_hu else None,
+    )
+
+
+def check_store(store: Store, recipe: Recipe, contract: VolumeContract) -> None:
+    """UsageError unless the store holds volumes as the contract will make scans; says what to run."""
+    wanted = {name: to_dict(contract)[name] for name in ("orientation", "background_px", "clip_hu", "min_spacing_mm")}
+    if not is_isotropic(store):
+        raise UsageError(
+            f"recipe {recipe.name} trains on volumes cut to the body, with cubic voxels; {store.root} holds scans as they were "
+            f"made. Run: hilum resample {store.root} -o {store.root}-isotropic{_resample_options(wanted)}, and give that "
+            "store as --data"
+        )
+    made = store.header["derived"]
+    if different := {name: value for name, value in wanted.items() if made.get(name) != value}:
+        found = ", ".join(f"{name} {made.get(name)} where the recipe has {value}" for name, value in different.items())
+        raise UsageError(
+            f"{store.root} was made with {found}. Resample its scans again with the recipe's value, or train with "
+            f"the store's by --set volumes.NAME=VALUE"
+        )
+
+
+def _resample_options(wanted: dict[str, Any]) -> str:
+    plain = to_dict(IsotropicSettings())
+    return "".join(
+        f" --{name.replace('_', '-')} {value}" for name, value in wanted.items() if plain[name] != value
+    )
+
+
+def _nothing_fits(store: Store, recipe: Recipe, sides: NDArray[np.int64], weights: NDArray[np.float64]) -> str:
+    """Why there is nothing to train on."""
+    if not (weights > 0).any():
+        return f"no volume of {store.root} is left to train on: every modality has weight 0 (see the settings of sampling)"
+    largest = sides[weights > 0][sides[weights > 0].prod(1).argmax()]
+    return (
+        f"no volume of {store.root} fits a shape of recipe {recipe.name}; the largest has {'×'.join(map(str, largest))} voxels. "
+        "Give smaller or longer ones in volumes.shapes, or lower volumes.min_share"
+    )
