@@ -133,7 +133,11 @@ def pretrain(
         if record["status"] == "finished":
             return record
         samples = training_samples(store, recipe)
-        labelled = None if labels is None or target is None else read_labelled(samples, Path(labels), target)
+        record |= samples.facts
+        labelled = None
+        if labels is not None and target is not None:
+            shown = samples if isinstance(samples, Crops) else samples.contract
+            labelled = read_labelled(store, shown, Path(labels), target)
         rolled_back = True
         while rolled_back:
             replica, optimiser, start = _take_up(recipe, record, out, own_device)
@@ -141,7 +145,7 @@ def pretrain(
             rolled_back = _train(replica, optimiser, monitor, start, *((progress, watch) if ranks.rank() == 0 else ()))
         weights = replica.teacher_weights()
         if ranks.rank() == 0:
-            record |= {"status": "finished", "contract": samples.contract.hash, **samples.facts}
+            record |= {"status": "finished", "contract": samples.contract.hash}
             _export(out, recipe, samples.contract, record, weights)
             write_json(out / "run.json", record)
         return record

@@ -71,4 +71,5 @@ class VolumeSpec:
     def mean_patches(self, patch: tuple[int, ...], which: int) -> float:
         """Patches of a global (which = 0) or local (1) crop, the mean over what steps draw."""
         total = sum(weight for *_, weight in self.shapes)
-        return sum(math.prod(pair[which]) * pair[2] for pair in self.shapes) / total / math.prod(patch)
+        voxels = sum(math.prod((large, small)[which]) * weight for large, small, weight in self.shapes)
+        return voxels / total / math.prod(patch)

@@ -16,9 +16,9 @@ from hilum.pretrain.loop import read_lines
 from hilum.pretrain.presets import RECIPES
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.watch.diagnose import RULES
-from hilum.pretrain.watch.monitor import read_samples
 from hilum.pretrain.watch.pictures import Chart, charts, pca_over_time, sample_sheet, similarity_over_time
 from hilum.pretrain.watch.rescue import Events
+from hilum.pretrain.watch.samples import read_samples
 from hilum.records import read_json
 from hilum.settings import differences, from_dict, to_dict
 
