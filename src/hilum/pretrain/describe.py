@@ -1,5 +1,6 @@
 """What recipes there are, and every value of one with its unit, meaning and origin. Loads no torch."""
 
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -99,9 +100,7 @@ def _crops(recipe: Recipe) -> str:
 def format_list() -> str:
     rows = [list(row.values()) for row in list_recipes()]
     table = format_table(["name", "model", "pixels", "batch", "steps", "what it is"], rows)
-    return (
-        f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every value and its origin."
-    )
+    return f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every value and its origin."
 
 
 def recipe_record(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def format_recipe(recipe: Recipe, name: str) -> str:
     base, changed = what_differs(recipe, name)
     text = [f"{recipe.name}: {PRESETS[name].about}" if name in PRESETS else recipe.name]
     if base:
-        text += ["", f"It differs from {base} in:", *(f"  {change.replace(' ≠ ', ' → ')}" for change in changed)]
+        text += ["", f"It differs from {base} in:", *(_fold(f"  {c.replace(' ≠ ', ' → ')}", 4) for c in changed)]
     columns = ["setting", "value", "unit", "origin"]
     cells = [[line.setting.rpartition(".")[2], show(line.value), line.unit, line.origin] for line in lines]
     widths = [max(len(row[n]) for row in [columns, *cells] if len(row[n]) <= MAX_CELL) for n in range(4)]
@@ -142,8 +141,15 @@ def format_recipe(recipe: Recipe, name: str) -> str:
                 wrap_row([f"{section}." if section else "recipe", *columns[1:]], widths, "meaning (origin or reason)"),
             ]
             text += ["─" * WIDTH]
-        text.append(wrap_row(row, widths, f"{line.meaning} ({line.why})"))
+        text += [
+            _fold(part, widths[0] + 2) for part in wrap_row(row, widths, f"{line.meaning} ({line.why})").splitlines()
+        ]
     return "\n".join([*text, "", LEGEND])
+
+
+def _fold(line: str, indent: int) -> str:
+    """A line, or lines where a value is wider than the page."""
+    return line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
 LEGEND = """paper: Curia-2's, or the one named. code: DINOv2's, or the one named. ours: unpublished, or not so.
@@ -153,8 +159,8 @@ yours: from your file or --set. Change any by --set SECTION.NAME=VALUE, or in a 
 def show(value: Any) -> str:
     """A value as a reader would write it."""
     if isinstance(value, list | tuple):
-        if value and isinstance(value[0], list | tuple) and isinstance(value[0][0], list | tuple):  # volumes.shapes
-            return ", ".join(f"{_sides(large)}/{_sides(small)} ({show(weight)})" for large, small, weight in value)
+        if value and isinstance(value[0], list | tuple) and isinstance(value[0][0], list | tuple):  # shapes of crops
+            return ", ".join(f"{_sides(a)}/{_sides(b)} ({show(weight)})" for a, b, weight in value)
         return ", ".join(f"({show(v)})" if isinstance(v, list | tuple) else show(v) for v in value) or "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -164,4 +170,4 @@ def show(value: Any) -> str:
 
 
 def _sides(shape: Any) -> str:
-    return "×".join(map(str, shape))
+    return f"{shape[0]}³" if len(set(shape)) == 1 else "×".join(map(str, shape))

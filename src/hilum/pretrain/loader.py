@@ -47,7 +47,7 @@ class Batch:
     locals    (L·B, 1, s, s), or of volumes, or None without local crops
     masks     (G·B, N) bool; batches of whole mask groups all hide the same number of patches
     hidden    (M,) their numbers in masks.flatten(), found on the CPU since a GPU that is asked for them has to be waited for
-    points    (G, B, P, 2 or 3) places ((z,) y, x in fractions of the crop) that all global crops of a slice show; NaN without one
+    points    (G, B, P, 2 or 3) places ((z,) y, x in fractions of the crop) that all global crops show; NaN without one
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
     gram      (G·B, 1, gram_px, gram_px) the global crops, intensity unchanged, for the Gram teacher; None without one
     """

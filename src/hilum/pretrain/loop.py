@@ -297,7 +297,9 @@ def _find_checkpoint(out: Path) -> Path | None:
     return last_checkpoint(out / "checkpoints")
 
 
-def _export(out: Path, recipe: Recipe, contract: AnyContract, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def _export(
+    out: Path, recipe: Recipe, contract: AnyContract, record: dict[str, Any], weights: dict[str, Tensor]
+) -> None:
     """The teacher's backbone as an encoder."""
     facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe.hash}
     facts["store_hash"] = record["store_hash"]

@@ -92,9 +92,7 @@ SETTINGS: dict[str, Setting] = {
     "views.mr.gain": Setting(
         "factor", "largest change of contrast, 1 ± this", "ours", "DINOv2's .4 in RGB halved: grey has a meaning"
     ),
-    "views.mr.offset": Setting(
-        "deviations", "largest shift of intensity", "ours", "as gain; of the slice or volume"
-    ),
+    "views.mr.offset": Setting("deviations", "largest shift of intensity", "ours", "as gain; of the slice or volume"),
     "views.mr.gamma": Setting("exponent", "bend between darkest and mean", "ours", "sequences differ in contrast"),
     "views.mr.noise": Setting("deviations", "largest noise added", "ours", "coils change noise; DINOv2 has none"),
     "views.mr.blur": Setting(
@@ -109,7 +107,10 @@ SETTINGS: dict[str, Setting] = {
         "pixels", "(global, local, weight), one drawn a step", "ours", "empty: one size, as Curia-2; DINOv3 mixes"
     ),
     "views.mask_group": Setting(
-        "samples", "that deal out the shares of hidden patches", "ours", "the same count at every step and on every rank"
+        "samples",
+        "that deal out the shares of hidden patches",
+        "ours",
+        "the same count at every step and on every rank",
     ),
     "views.mask_probability": Setting("share", "global crops that are masked", "code", "DINOv2"),
     "views.mask_ratio": Setting("share", "patches hidden in a masked crop", "code", "DINOv2; Curia-2 gives none"),

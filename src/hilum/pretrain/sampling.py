@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hilum.archive.store.store import Store
 from hilum.errors import StoreError
 from hilum.pretrain.recipe import Sampling
+from hilum.pretrain.volume_spec import Shape
 
 _ROUNDS = 6
 _WORD = (1 << 64) - 1
@@ -123,3 +124,8 @@ def modality_weights(store: Store, sampling: Sampling) -> NDArray[np.float64]:
     known = {"CT": sampling.ct, "MR": sampling.mr}
     weights = np.array([known.get(name, sampling.other) for name in modality.dictionary.to_pylist()], np.float64)
     return np.asarray(weights[modality.indices.to_numpy(zero_copy_only=False)])
+
+
+def fitting(sides: NDArray[np.int64], shape: Shape, min_share: float) -> NDArray[np.bool_]:
+    """(V,) whether volumes (V, 3) are large enough for crops of a shape: side by side, sorted, `min_share` of it or more."""
+    return np.asarray((np.sort(sides, 1) >= min_share * np.sort(shape)).all(1))

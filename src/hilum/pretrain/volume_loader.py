@@ -28,7 +28,7 @@ from hilum.errors import StoreError, UsageError
 from hilum.pretrain.loader import Batch
 from hilum.pretrain.masks import sample_mask_counts
 from hilum.pretrain.recipe import Recipe
-from hilum.pretrain.sampling import Sampler, draw_weighted, modality_weights, sample_rng
+from hilum.pretrain.sampling import Sampler, draw_weighted, fitting, modality_weights, sample_rng
 from hilum.pretrain.volume_render import VolumeFacts, render_volume_views
 from hilum.pretrain.volume_spec import Shape
 from hilum.pretrain.volume_views import VolumeView, sample_volume_points, sample_volume_views
@@ -172,11 +172,6 @@ def patch_grid(shape: Shape, recipe: Recipe) -> Shape:
     return z, y, x
 
 
-def fitting(sides: NDArray[np.int64], shape: Shape, min_share: float) -> NDArray[np.bool_]:
-    """(V,) whether volumes (V, 3) are large enough for crops of a shape: side by side, sorted, `min_share` of it or more."""
-    return np.asarray((np.sort(sides, 1) >= min_share * np.sort(shape)).all(1))
-
-
 def num_crops(sides: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
     """(V,) how many crops of a shape volumes (V, 3) hold, at least 1."""
     return np.asarray(np.maximum(np.rint(sides.prod(1) / math.prod(shape)), 1), np.int64)
@@ -229,17 +224,17 @@ def check_store(store: Store, recipe: Recipe, contract: VolumeContract) -> None:
 
 def _resample_options(wanted: dict[str, Any]) -> str:
     plain = to_dict(IsotropicSettings())
-    return "".join(
-        f" --{name.replace('_', '-')} {value}" for name, value in wanted.items() if plain[name] != value
-    )
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in wanted.items() if plain[name] != value)
 
 
 def _nothing_fits(store: Store, recipe: Recipe, sides: NDArray[np.int64], weights: NDArray[np.float64]) -> str:
     """Why there is nothing to train on."""
     if not (weights > 0).any():
-        return f"no volume of {store.root} is left to train on: every modality has weight 0 (see the settings of sampling)"
+        return (
+            f"no volume of {store.root} is left to train on: every modality has weight 0 (see the settings of sampling)"
+        )
     largest = sides[weights > 0][sides[weights > 0].prod(1).argmax()]
     return (
-        f"no volume of {store.root} fits a shape of recipe {recipe.name}; the largest has {'×'.join(map(str, largest))} voxels. "
+        f"no volume of {store.root} fits a shape of recipe {recipe.name}; the largest is {'×'.join(map(str, largest))}. "
         "Give smaller or longer ones in volumes.shapes, or lower volumes.min_share"
     )

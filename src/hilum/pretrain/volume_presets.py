@@ -14,7 +14,18 @@ def _intensity(values: dict[str, float], origin: Origin, why: str) -> tuple[Chan
 
 
 _NO_CHANGE = dict.fromkeys(
-    ("ct.gain", "ct.offset", "ct.noise", "ct.blur", "ct.window", "mr.gain", "mr.offset", "mr.gamma", "mr.noise", "mr.blur"),
+    (
+        "ct.gain",
+        "ct.offset",
+        "ct.noise",
+        "ct.blur",
+        "ct.window",
+        "mr.gain",
+        "mr.offset",
+        "mr.gamma",
+        "mr.noise",
+        "mr.blur",
+    ),
     0.0,
 )
 _MADE_FOR_SLICES = dict.fromkeys(("ct.blur", "ct.window", "mr.blur"), 0.0)

@@ -1,4 +1,4 @@
-"""The probe that runs beside training: labelled slices or volumes of the store, and how well frozen features tell their labels apart."""
+"""The probe that runs beside training: labelled images of the store, and how well frozen features tell their labels apart."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract, prepare_slice
 from hilum.errors import LabelsError
 from hilum.metrics import auroc, r2
+from hilum.pretrain.volume_loader import Crops
+from hilum.pretrain.watch.samples import middle_crop
 from hilum.probe.fit import choose_task
 from hilum.probe.heads.head import Task
 from hilum.probe.heads.knn import KNNProbe
-from hilum.pretrain.volume_loader import Crops
-from hilum.pretrain.watch.samples import middle_crop
 from hilum.probe.labels import Features, Labels, match_cases, read_labels
 
 MAX_SLICES, MAX_VOLUMES = 512, 128
@@ -43,9 +43,7 @@ class Labelled:
     half: NDArray[np.intp]
 
 
-def read_labelled(
-    store: Store, shown: Contract | Crops, path: Path, target: str, key: Key | None = None
-) -> Labelled:
+def read_labelled(store: Store, shown: Contract | Crops, path: Path, target: str, key: Key | None = None) -> Labelled:
     """Up to 512 labelled slices of a store, or 128 volumes.
 
     shown   what slices are prepared by; or the volumes that are trained on, of which the middle is shown

@@ -129,7 +129,7 @@ def picture(samples: Slices | Crops, number: int) -> Sample:
 def _picture_volume(crops: Crops, number: int) -> Sample:
     """Boxes as they look from above; crops whose axes were laid otherwise show a plane of another direction."""
     drawn, patch = crops.draw(number), crops.recipe.model.patch[0]
-    z, y, x = crops.store.row(drawn.key).shape
+    _, y, x = crops.store.row(drawn.key).shape
     first = drawn.views[0]
     plane = plain_view((first.start[0] + first.size[0] // 2, 0, 0), (1, y, x), (1, y, x))
     views = []
