@@ -79,10 +79,8 @@ def sample_block_mask(
         block = 1
         for axis in axes:
             side, free, place = sides[axis], grid[axis] - sides[axis], draw[axis - len(grid)]
-            if center is None:
-                first = int(place * (free + 1))
-            else:
-                first = min(max(round(place * grid[axis] - side / 2), 0), free)
+            guided = min(max(round(place * grid[axis] - side / 2), 0), free)
+            first = guided if center else int(place * (free + 1))
             stride, bits = runs[axis]
             block = block * bits[side] << first * stride
         new = (block & ~hidden).bit_count()

@@ -6,28 +6,15 @@ Crops are whole boxes of voxels of the training store, whose voxels are cubes. A
 import math
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hilum.archive.store.isotropic import VolumeContent
 from hilum.pretrain.masks import Mask, sample_block_mask
 from hilum.pretrain.recipe import Range, ViewSpec
 from hilum.pretrain.views import sample_intensity
 from hilum.pretrain.volume_spec import Shape, VolumeSpec
-
-
-class VolumeContent(Protocol):
-    """Where the anatomy of a volume lies, as the store knows it."""
-
-    @property
-    def grid(self) -> NDArray[np.float32]:
-        """(Z, Y, X) coarse cells: share of anatomy in each, 0 to 1."""
-
-    @property
-    def center(self) -> tuple[float, float, float]:
-        """(z, y, x) of the anatomy, as fractions of the volume."""
-
 
 Flips = tuple[bool, bool, bool]
 Boxes = NDArray[np.int64]
@@ -139,7 +126,7 @@ def sample_boxes(
     low = starts / shape
     shares = foreground_share(content.grid, low, (starts + sides) / shape).reshape(num, tries)
     enough = shares >= views.min_crop_foreground
-    found = enough.any(1)
+    found = np.asarray(enough.any(1))
     picks = np.where(found, enough.argmax(1), shares.argmax(1)).tolist()
     boxes = []
     for number, (pick, good) in enumerate(zip(picks, found.tolist())):
@@ -181,7 +168,8 @@ def box_sides(
     else:
         wanted = np.cbrt(scales * math.prod(shape.tolist()) / math.prod(target.tolist()))
     factor = np.minimum(wanted, (shape / laid).min(1))
-    return np.clip(np.rint(factor[:, None] * laid), 1, shape).astype(np.int64)
+    sides: Boxes = np.clip(np.rint(factor[:, None] * laid), 1, shape).astype(np.int64)
+    return sides
 
 
 def foreground_share(

@@ -7,30 +7,42 @@ things: `moments`, mean and standard deviation of the body box before it was res
 the anatomy is.
 """
 
+import heapq
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hilum.archive.body import BODY_HU, MAX_SHEAR_DEG, body_box, cut, isotropic_shape, moments, resize, resized, whole
-from hilum.archive.intake import crashed, refuse
-from hilum.archive.ledger import Entry, count, read_entries, write_sorted
+from hilum.archive.intake import refuse
+from hilum.archive.ledger import Entry, entries_of, read_entries, write_sorted
+from hilum.archive.locks import hold
+from hilum.archive.parts import Done, drop_parts, drop_remains, fill, parts_of, stop_on_signals
 from hilum.archive.store.content import GRID, find_threshold, measure_slices
-from hilum.archive.store.index import Row, index_path, write_index
-from hilum.archive.store.store import Store, open_for_writing, open_volume, restore, write_header, write_stored
-from hilum.archive.workers import Crashed, run
+from hilum.archive.store.index import Row, index_path, merge_indexes
+from hilum.archive.store.store import (
+    Store,
+    check_header,
+    open_for_writing,
+    open_volume,
+    restore,
+    write_header,
+    write_stored,
+)
 from hilum.errors import ScanRefused, StoreError, UsageError
 from hilum.large import each, gather
+from hilum.records import merge_tables
 from hilum.settings import to_dict
 from hilum.terminal import Progress
 from hilum.volume import FloatArray, Volume, orient
 
+WORK = ".work"  # in the store, until it is complete
 CHUNK, BLOCK = 64, 32  # voxels per side of what is read, and decoded, at once
 STEPS = 512  # stored steps within one standard deviation of a volume without HU
 _AT = (np.arange(GRID) + 0.5) / GRID
@@ -55,6 +67,11 @@ class IsotropicSettings:
     longest: int = 768
 
     def __post_init__(self) -> None:
+        pairs = [next((pair for pair in ("LR", "PA", "SI") if letter in pair), "") for letter in self.orientation]
+        if sorted(pairs) != ["LR", "PA", "SI"]:
+            raise UsageError(
+                f"orientation is '{self.orientation}'; expected one letter of each pair L/R, P/A, S/I, e.g. SPL"
+            )
         if self.background_px < 0 or (self.background_px and self.background_px % 2 == 0):
             raise UsageError(f"background_px is {self.background_px}; expected an odd number of voxels, or 0")
         if not self.clip_hu[0] < BODY_HU < self.clip_hu[1]:
@@ -245,35 +262,65 @@ def resample_store(
     """Make the store that encoders of volumes are trained from.
 
     store        a plain store
-    out          a new folder
+    out          a new folder, or one that an interrupted run of the same command left
     num_workers  processes; None: one per core. The result does not depend on it
-    returns      the counts of `hilum.archive.ledger.count`, and "num_volumes"
+    returns      num_volumes, num_slices, bytes of the files, left_out (key, reason and detail each, by key)
+
+    The ledger is that of the plain store; volumes that cannot be isotropic stand in it as refused, with the reason. Raises
+    Interrupted as `prepare` does.
     """
     source, out, settings = Store(store), Path(out), settings or IsotropicSettings()
     if is_isotropic(source):
         raise StoreError(f"{source.root} is isotropic already; resample the store it was made of")
+    if out.resolve().is_relative_to(source.root.resolve()):
+        raise StoreError(f"{out} lies inside the store {source.root}; choose a folder outside it")
     derived = {"kind": "isotropic", **to_dict(settings), "source_hash": source.hash}
     header = {"key": source.header.get("key"), "derived": derived}
-    open_for_writing(out, header)
-    done: list[tuple[Entry, Row | None]] = []
-    used = [e for e in read_entries(source.root / "ledger.parquet") if e.used]
-    work = partial(_resample_one, store=source, out=out, settings=settings)
-    with closing(run(work, used, num_workers)) as results:
-        for entry, result in results:
-            done.append((crashed(entry), None) if isinstance(result, Crashed) else result)
-            if progress:
-                progress(len(done), len(used), "resampling volumes")
-    write_index(index_path(out), [row for _, row in done if row is not None])
-    entries = [e for e in read_entries(source.root / "ledger.parquet") if not e.used] + [e for e, _ in done]
-    write_sorted(out / "ledger.parquet", sorted(entries, key=lambda e: e.key))
+    if not _is_complete(out, header) or (out / WORK).exists():
+        with hold(out / WORK / "lock", f"the store {out}"):
+            if not _is_complete(out, header):
+                drop_remains(out, ".store.json.*.tmp")
+                open_for_writing(out, header)
+                drop_remains(out, ".*.tmp", "index/.*.tmp", "volumes/*/.*.tmp")
+                ledger = source.root / "ledger.parquet"
+                work = partial(_resample_one, store=source, out=out, settings=settings)
+                with stop_on_signals(out, progress) as go_on:
+                    used = (entry for entry in read_entries(ledger) if entry.used)
+                    fill(out, work, used, len(source), "resampling volumes", go_on, num_workers)
+                    _finish(ledger, out, header)
+            drop_parts(out)
+    made = Store(out)
+    refused = (e for e in read_entries(out / "ledger.parquet") if not e.used and source.rows.find(e.key) is not None)
+    left_out = [{"key": e.key, "reason": e.reason, "detail": e.detail} for e in refused]
+    num_bytes = pc.sum(made.rows.table["bytes"]).as_py() or 0
+    return {"num_volumes": len(made), "num_slices": made.num_slices, "bytes": num_bytes, "left_out": left_out}
+
+
+def _is_complete(out: Path, header: dict[str, Any]) -> bool:
+    """Whether there is nothing left to do. StoreError when the store was made otherwise."""
+    if not (out / "store.json").exists():
+        return False
+    found = check_header(out)
+    if any(found.get(name) != value for name, value in header.items()):
+        raise StoreError(f"{out} was begun from another store or with other settings; choose a new folder")
+    return found.get("status") == "complete"
+
+
+def _finish(ledger: Path, out: Path, header: dict[str, Any]) -> None:
+    """Join the parts, then say "complete": a kill between any two steps loses nothing."""
+    indexes, ledgers = parts_of(out)
+    merge_indexes(index_path(out), indexes)
+    aside = (entry for entry in read_entries(ledger) if not entry.used)
+    done = (entry for table in merge_tables(ledgers) for entry in entries_of(table))
+    write_sorted(out / "ledger.parquet", heapq.merge(aside, done, key=lambda e: e.key))
     write_header(out, {**header, "status": "complete"})
-    counts = count(read_entries(out / "ledger.parquet"))
-    return {**counts, "num_volumes": counts["num_used"]}
 
 
-def _resample_one(entry: Entry, store: Store, out: Path, settings: IsotropicSettings) -> tuple[Entry, Row | None]:
+def _resample_one(entry: Entry, store: Store, out: Path, settings: IsotropicSettings) -> Done:
     row = store.row(entry.key)
     try:
-        return entry, write_isotropic(out, row, make_isotropic(store, row, settings))
+        return Done(entry, write_isotropic(out, row, make_isotropic(store, row, settings)))
     except ScanRefused as refused:
-        return refuse(entry, refused.reason, refused.detail), None
+        return Done(refuse(entry, refused.reason, refused.detail), None)
+    except MemoryError:
+        return Done(refuse(entry, "too_large", "more than the memory of this machine"), None)
