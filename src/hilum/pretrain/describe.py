@@ -100,7 +100,10 @@ def _crops(recipe: Recipe) -> str:
 def format_list() -> str:
     rows = [list(row.values()) for row in list_recipes()]
     table = format_table(["name", "model", "pixels", "batch", "steps", "what it is"], rows)
-    return f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every value and its origin."
+    return (
+        f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every "
+        "value and its origin."
+    )
 
 
 def recipe_record(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 Each step has one shape of crops, the same on all ranks, and takes its volumes from those that this shape fits.
 """
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -69,8 +70,7 @@ class Crops:
     device_renders = False
 
     def __init__(self, store: Store, recipe: Recipe, contract: VolumeContract) -> None:
-        check_store(store, recipe, contract)
-        self.store, self.recipe, self.contract = store, recipe, contract
+        self.store, self.recipe, self.contract = store, recipe, contract_of_store(store, recipe, contract)
         sides = np.array(store.rows.table["shape"].to_pylist(), np.int64).reshape(-1, 3)
         weights = modality_weights(store, recipe.sampling)
         fits = [fitting(sides, large, recipe.volumes.min_share) & (weights > 0) for large, *_ in recipe.volumes.shapes]
@@ -204,27 +204,26 @@ def volume_facts(store: Store, row: Row, contract: VolumeContract) -> VolumeFact
     )
 
 
-def check_store(store: Store, recipe: Recipe, contract: VolumeContract) -> None:
-    """UsageError unless the store holds volumes as the contract will make scans; says what to run."""
-    wanted = {name: to_dict(contract)[name] for name in ("orientation", "background_px", "clip_hu", "min_spacing_mm")}
+def contract_of_store(store: Store, recipe: Recipe, contract: VolumeContract) -> VolumeContract:
+    """The contract with what the store decides: scans will be turned and cut as its volumes were.
+
+    Raises UsageError, which says what to run, when the store is not isotropic, or was made with another clip or spacing.
+    """
+    plain, wanted = to_dict(IsotropicSettings()), {n: to_dict(contract)[n] for n in ("clip_hu", "min_spacing_mm")}
     if not is_isotropic(store):
+        options = "".join(f" --set {n}={json.dumps(v)}".replace(", ", ",") for n, v in wanted.items() if plain[n] != v)
         raise UsageError(
             f"recipe {recipe.name} trains on volumes cut to the body, with cubic voxels; {store.root} holds scans as they were "
-            f"made. Run: hilum resample {store.root} -o {store.root}-isotropic{_resample_options(wanted)}, and give that "
-            "store as --data"
+            f"made. Run: hilum resample {store.root} -o {store.root}-isotropic{options}, and give that store as --data"
         )
     made = store.header["derived"]
-    if different := {name: value for name, value in wanted.items() if made.get(name) != value}:
-        found = ", ".join(f"{name} {made.get(name)} where the recipe has {value}" for name, value in different.items())
+    if different := {name: value for name, value in wanted.items() if made[name] != value}:
+        found = ", ".join(f"{name} {made[name]} where the recipe has {value}" for name, value in different.items())
+        sets = " ".join(f"--set volumes.{n}={json.dumps(made[n])}".replace(", ", ",") for n in different)
         raise UsageError(
-            f"{store.root} was made with {found}. Resample its scans again with the recipe's value, or train with "
-            f"the store's by --set volumes.NAME=VALUE"
+            f"{store.root} was made with {found}. Train with its values: {sets}; or resample its scans again"
         )
-
-
-def _resample_options(wanted: dict[str, Any]) -> str:
-    plain = to_dict(IsotropicSettings())
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in wanted.items() if plain[name] != value)
+    return replace(contract, orientation=made["orientation"], background_px=made["background_px"])
 
 
 def _nothing_fits(store: Store, recipe: Recipe, sides: NDArray[np.int64], weights: NDArray[np.float64]) -> str:
