@@ -66,14 +66,19 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 def _box_sum(mask: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
     """How many of the side × side pixels around each pixel are set; outside are none."""
-    counts = mask.astype(np.int32)
-    for axis in (0, 1):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (side // 2 + 1, side // 2)
-        sums = np.pad(counts, pad).cumsum(axis, dtype=np.int32)
-        upper, lower = (slice(side, None), slice(None)), (slice(None, -side), slice(None))
-        counts = sums[upper if axis == 0 else upper[::-1]] - sums[lower if axis == 0 else lower[::-1]]
-    return counts
+    counts = np.pad(mask.astype(np.uint16 if side < 256 else np.int32), side // 2)
+    return _run_sum(_run_sum(counts, side).T, side).T.astype(np.int32)
+
+
+def _run_sum(counts: NDArray[Any], side: int) -> NDArray[Any]:
+    """Sums of `side` neighbours along axis 0, from sums of 1, 2, 4, … neighbours: side − 1 rows fewer."""
+    num, width, start = len(counts) - side + 1, 1, 1
+    out = counts[:num]  # `side` is odd
+    while 2 * width <= side:
+        counts, width = counts[:-width] + counts[width:], 2 * width
+        if side & width:
+            out, start = out + counts[start : start + num], start + width
+    return out
 
 
 def moments(slices: Slices) -> tuple[float, float]:

@@ -57,8 +57,8 @@ def _same_making(stores: Sequence[Store]) -> dict[str, Any]:
     sources = [record.pop("source_hash", None) for record in made]
     if any(record != made[0] for record in made):
         raise StoreError(
-            "some of the stores are plain and others derived (hilum resample), or with other settings. Merge the plain stores and "
-            "resample the result"
+            "some of the stores are plain and others derived (hilum resample), or with other settings. Merge the plain ones "
+            "and resample the result"
         )
     return {"derived": {**made[0], "source_hash": sources[0] if len(set(sources)) == 1 else sources}} if made[0] else {}
 

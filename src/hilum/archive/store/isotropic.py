@@ -5,6 +5,10 @@ the box of the body, clipped (HU) and interpolated to cubic voxels, by the rules
 `encode.volume_contract`). They are written in cubic chunks, so that a cube of voxels is cheap to read, and carry two more
 things: `moments`, mean and standard deviation of the body box before it was resampled, and `volume`, a coarse grid of where
 the anatomy is.
+
+Chunks of 64³ in blocks of 32³, LZ4 after a byte shuffle: of a noisy CT (one core, processor time) 870 crops of 112³/s and 0.98
+bytes a voxel, where a chunk a slice and a bit shuffle, the plain store's way, give 180 crops/s and 0.84 bytes; that bit shuffle
+on cubes 350 crops/s and 0.81 bytes. A slice is read at 540/s instead of 5,400: train on slices from the plain store.
 """
 
 import heapq
@@ -15,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -27,6 +32,7 @@ from hilum.archive.parts import Done, drop_parts, drop_remains, fill, parts_of, 
 from hilum.archive.store.content import GRID, find_threshold, measure_slices
 from hilum.archive.store.index import Row, index_path, merge_indexes
 from hilum.archive.store.store import (
+    Layout,
     Store,
     check_header,
     open_for_writing,
@@ -234,8 +240,8 @@ def write_isotropic(root: Path, row: Row, made: Isotropic) -> Row:
     affine = tuple(made.affine.ravel().tolist())
     row = replace(row, affine=affine, slope=made.slope, intercept=made.intercept, exact=made.exact)
     z, y, x = (min(n, CHUNK) for n in made.stored.shape)
-    blocks = (min(z, BLOCK), min(y, BLOCK), min(x, BLOCK))
-    return write_stored(root, row, made.stored, content, (z, y, x), blocks, meta)
+    layout = Layout((z, y, x), (min(z, BLOCK), min(y, BLOCK), min(x, BLOCK)), blosc2.Filter.SHUFFLE)
+    return write_stored(root, row, made.stored, content, layout, meta)
 
 
 def _coarse(cells: NDArray[np.uint8]) -> NDArray[np.float32]:

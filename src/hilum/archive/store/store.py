@@ -18,7 +18,7 @@ into floats. Chunks of four slices change crops by 0 to +16 % and slices by 0 to
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -81,6 +81,15 @@ def hash_pixels(stored: NDArray[np.int16], slope: float, intercept: float) -> st
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How voxels lie in a file: the chunks that are read at once, the blocks that are decoded at once, and Blosc2's filter."""
+
+    chunks: tuple[int, int, int]
+    blocks: tuple[int, int, int]
+    filter: blosc2.Filter
+
+
 def write_volume(
     root: Path,
     key: str,
@@ -102,7 +111,8 @@ def write_volume(
     row = Row(key=key, patient=patient, study=study, modality=vol.modality, unit=vol.unit, plane=plane, region=region,
               affine=affine, slope=slope, intercept=intercept, exact=exact, look_hash=look_hash)  # fmt: skip
     content = measure_slices((restore(s, slope, intercept) for s in each(stored)), vol.unit)
-    return write_stored(root, row, stored, content, (1, y, x), (1, min(y, BLOCK), min(x, BLOCK)))
+    layout = Layout((1, y, x), (1, min(y, BLOCK), min(x, BLOCK)), blosc2.Filter.BITSHUFFLE)
+    return write_stored(root, row, stored, content, layout)
 
 
 def write_stored(
@@ -110,15 +120,13 @@ def write_stored(
     row: Row,
     stored: NDArray[np.int16],
     content: Content,
-    chunks: tuple[int, int, int],
-    blocks: tuple[int, int, int],
+    layout: Layout,
     meta: Mapping[str, bytes] | None = None,
 ) -> Row:
     """Write the stored numbers (Z, Y, X) of one volume atomically.
 
     row      what is known of it; shape, threshold, foreground, hashes and size are filled in
     content  of its slices
-    chunks   what is read from the disk at once; `blocks` what is decoded at once
     meta     more that is kept with the volume
     returns  the whole row
     """
@@ -131,12 +139,12 @@ def write_stored(
             np.int16,
             urlpath=None if at_once else str(temporary),
             mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
+            chunks=layout.chunks,
+            blocks=layout.blocks,
+            cparams={"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": [layout.filter], "nthreads": 1},
             meta={"content": pack_cells(content.cells), **(meta or {})},
         )
-        source, depth = each(stored), chunks[0]
+        source, depth = each(stored), layout.chunks[0]
         for k in range(0, len(stored), depth):
             array[k : k + depth] = np.stack([np.array(s) for s in islice(source, depth)])
         if at_once:
