@@ -63,7 +63,7 @@ def resize(region: NDArray[np.int16], view: VolumeView) -> Tensor:
     laid = crop.permute([view.axes.index(axis) for axis in range(3)])  # the same memory, along the axes of the volume
     flips = [view.flips[view.axes.index(axis)] for axis in range(3)]
     (z_low, z_high, z_part), y, x = (taps(n, side, flip) for n, side, flip in zip(region.shape, laid.shape, flips))
-    stored = torch.from_numpy(np.ascontiguousarray(region))
+    stored = torch.from_numpy(region)
     step = max(1, CACHE // (region.shape[1] * region.shape[2]))
     for first in range(0, len(z_low), step):
         some = slice(first, first + step)
