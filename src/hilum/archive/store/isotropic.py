@@ -24,7 +24,18 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hilum.archive.body import BODY_HU, MAX_SHEAR_DEG, body_box, cut, isotropic_shape, moments, resize, resized, whole
+from hilum.archive.body import (
+    BODY_HU,
+    MAX_SHEAR_DEG,
+    body_box,
+    body_sides,
+    cut,
+    isotropic_shape,
+    moments,
+    resize,
+    resized,
+    whole,
+)
 from hilum.archive.intake import refuse
 from hilum.archive.ledger import Entry, entries_of, read_entries, write_sorted
 from hilum.archive.locks import hold
@@ -59,8 +70,8 @@ class IsotropicSettings:
     """How volumes are made isotropic; the steps in their order.
 
     orientation     patient directions of (Z, Y, X)
-    background_px   cut to the box of the body: side of the cube in which more than half must be above −800 HU (without a unit:
-                    above the threshold of the anatomy); odd, 0 leaves it out
+    background_px   cut to the box of the body: side of the cube in which more than half must be above −800 HU; odd, 0 leaves
+                    it out. Without a unit: above the threshold of the anatomy, in a cube in mm (`archive.body.body_sides`)
     clip_hu         HU are cut to this range
     min_spacing_mm  cubic voxels at the smallest spacing of the scan, but not smaller than this
     longest         most voxels along a side; what is longer gets larger voxels (VoxelFM's paper 768); 0: no limit (its code)
@@ -191,9 +202,10 @@ def make_isotropic(store: Store, row: Row, settings: IsotropicSettings) -> Isotr
 
     if settings.background_px:
         threshold = BODY_HU if hu else find_threshold(values())
-        box = body_box(values(), vol.shape, settings.background_px, threshold)
+        sides = body_sides(settings.background_px, vol.affine, row.unit)
+        box = body_box(values(), vol.shape, sides, threshold)
         if box is None:
-            raise ScanRefused("no_body", f"no cube of {settings.background_px} voxels is half above {threshold:g}")
+            raise ScanRefused("no_body", f"no box of {'×'.join(map(str, sides))} voxels is half above {threshold:g}")
     else:
         box = whole(vol.shape)
     inside = box
