@@ -115,7 +115,10 @@ SMALL = {
 
 
 _CUBES = VolumeSpec(
-    shapes=(((16, 16, 16), (8, 8, 8), 2.0), ((8, 24, 24), (4, 12, 12), 1.0)), permute="fitting", mirror=False, max_patches=200
+    shapes=(((16, 16, 16), (8, 8, 8), 2.0), ((8, 24, 24), (4, 12, 12), 1.0)),
+    permute="fitting",
+    mirror=False,
+    max_patches=200,
 )
 LEJEPA_3D = replace(
     LEJEPA,

@@ -119,7 +119,9 @@ def test_a_store_that_is_not_made_for_the_recipe(crops, recipe, small, volume_st
     with pytest.raises(UsageError, match=rf"Run: hilum resample {plain} -o {plain}-isotropic, and"):
         training_samples(Store(plain), recipe)
     other = replace(recipe, volumes=replace(recipe.volumes, min_spacing_mm=2.0))
-    with pytest.raises(UsageError, match=r"min_spacing_mm 0.75 where the recipe has 2.0.*--set volumes.min_spacing_mm=0.75"):
+    with pytest.raises(
+        UsageError, match=r"min_spacing_mm 0.75 where the recipe has 2.0.*--set volumes.min_spacing_mm=0.75"
+    ):
         training_samples(crops.store, other)
     with pytest.raises(UsageError, match="-isotropic --set min_spacing_mm=2.0, and"):
         training_samples(Store(plain), other)

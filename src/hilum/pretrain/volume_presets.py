@@ -112,6 +112,7 @@ _LOOKS_AT_CONTENT = (
 CURIA2_3D = (
     *_LOOKS_AT_CONTENT,
     Change("volumes.permute", "fitting", "ours", "long shapes along the long axes of slabs and stacks"),
+    Change("volumes.window", 0.2, "ours", "as slices here; half of them flatten too much"),
     Change("volumes.window_views", "all", "ours", "either global crop may be the teacher's"),
     Change("objective.shared_head", False, "code", "DINOv2's long recipes, which Curia has: two heads"),
     Change("objective.centring", "sinkhorn", "code", "DINOv2's long recipes, which Curia has"),
@@ -137,6 +138,7 @@ SMALL3D = (
     ),
     Change("volumes.permute", "fitting", "ours", "long shapes along the long axes of slabs and stacks"),
     Change("volumes.mirror", False, "ours", "left and right are different organs; rotations stay"),
+    Change("volumes.window", 0.2, "ours", "as slices here; half of them flatten too much"),
     Change("volumes.window_views", "all", "ours", "LeJEPA's views have no order"),
     Change("volumes.max_patches", 4096, "ours", "what a CPU encodes in seconds"),
     Change("sampling.volume_power", 0.0, "code", "VoxelFM: every volume alike"),
