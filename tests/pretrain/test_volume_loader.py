@@ -123,10 +123,10 @@ def test_a_store_that_is_not_made_for_the_recipe(crops, recipe, small, volume_st
         UsageError, match=r"min_spacing_mm 0.75 where the recipe has 2.0.*--set volumes.min_spacing_mm=0.75"
     ):
         training_samples(crops.store, other)
-    with pytest.raises(UsageError, match="-isotropic --set min_spacing_mm=2.0, and"):
+    with pytest.raises(UsageError, match=r"-isotropic --set min_spacing_mm=2\.0, and"):
         training_samples(Store(plain), other)
     assert crops.contract.background_px == 0  # as the store was made
-    with pytest.raises(UsageError, match="trains on slices, and .* cut to the body"):
+    with pytest.raises(UsageError, match=r"trains on slices, and .* cut to the body"):
         training_samples(crops.store, small["lejepa"])
 
 

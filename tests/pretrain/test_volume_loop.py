@@ -13,13 +13,14 @@ from hilum.cli import app
 from hilum.encode.released.doctor import check_model
 from hilum.encode.vit import Tokens
 from hilum.encode.zoo import open_folder
-from hilum.errors import UsageError
+from hilum.errors import LabelsError, UsageError
 from hilum.pretrain.distill import Learner
 from hilum.pretrain.loader import Batch
 from hilum.pretrain.loop import pretrain, training_samples
 from hilum.pretrain.losses import invariance
+from hilum.pretrain.watch.online import read_labelled
 from hilum.pretrain.watch.report import show_run
-from hilum.pretrain.watch.samples import picture, read_probe
+from hilum.pretrain.watch.samples import middle_crop, picture, read_probe
 from hilum.records import read_json
 
 
@@ -113,3 +114,17 @@ def test_commands_for_volumes(volume_stores):
     )
     assert isinstance(told.exception, UsageError)
     assert "Run: hilum resample" in str(told.exception)
+
+
+def test_labels_of_volumes(small, volume_stores, tmp_path):
+    """The middle of each labelled volume; labels of slices are refused."""
+    crops = training_samples(Store(volume_stores / "iso"), small["3d, lejepa"])
+    path = tmp_path / "labels.csv"
+    path.write_text("series,kind\n" + "".join(f"{n:02d}aa,{'ct' if n % 2 == 0 else 'mr'}\n" for n in range(4)))
+    found = read_labelled(crops.store, crops, path, "kind")
+    assert found.images.shape == (4, 1, 16, 16, 16)
+    assert found.y.tolist() == [0, 1, 0, 1]
+    assert torch.equal(found.images[1], middle_crop(crops, "01aa", (16, 16, 16)))
+    path.write_text("series,slice,kind\n00aa,3,ct\n01aa,3,mr\n")
+    with pytest.raises(LabelsError, match="labels of slices"):
+        read_labelled(crops.store, crops, path, "kind")
