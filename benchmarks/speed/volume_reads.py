@@ -120,8 +120,8 @@ def measure(folder: Path, vol: Volume, repeats: int) -> dict[str, list[float]]:
     }
     for _ in range(repeats):
         dense, ours = seconds(lambda: dense_box(part)), seconds(lambda: body_box(part, part.shape, SIDES))
-        results.setdefault("body box of 48×192×192: dense convolution, s", []).append(dense)
-        results.setdefault("body box of 48×192×192: ours, s", []).append(ours)
+        results.setdefault("body box of 48×192×192: dense convolution, ms", []).append(1e3 * dense)
+        results.setdefault("body box of 48×192×192: ours, ms", []).append(1e3 * ours)
         results.setdefault("body box: times as fast as dense convolution", []).append(dense / ours)
         for what, read in readers.items():
             took = seconds(lambda read=read: [read(start) for start in starts])

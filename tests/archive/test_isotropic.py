@@ -228,7 +228,7 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(plain, derived, tmp_path
         run.stdout.readline()
     os.kill(run.pid, signal.SIGKILL)
     run.communicate()
-    with pytest.raises(StoreError, match="not finished"):
+    with pytest.raises(StoreError, match="not finished; run the same hilum resample"):
         Store(tmp_path / "out")
     before = time.time_ns()
     resample_store(plain.root, tmp_path / "out", settings=SETTINGS, num_workers=1)

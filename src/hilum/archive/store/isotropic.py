@@ -6,7 +6,7 @@ the box of the body, clipped (HU) and interpolated to cubic voxels, by the rules
 things: `moments`, mean and standard deviation of the body box before it was resampled, and `volume`, a coarse grid of where
 the anatomy is.
 
-Chunks of 64³ in blocks of 32³, LZ4 after a byte shuffle: of a noisy CT (one core, processor time) 870 crops of 112³/s and 0.98
+Chunks of 64³ in blocks of 32³, LZ4 after a byte shuffle: of a noisy CT (one core, best of three) 870 crops of 112³/s and 0.98
 bytes a voxel, where a chunk a slice and a bit shuffle, the plain store's way, give 180 crops/s and 0.84 bytes; that bit shuffle
 on cubes 350 crops/s and 0.81 bytes. A slice is read at 540/s instead of 5,400: train on slices from the plain store.
 """
