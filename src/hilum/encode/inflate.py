@@ -5,9 +5,9 @@ z is embedded as its slice. Learned positions: repeated along z.
 
 Rotary positions: two axes share a head's channels in 2D, three in 3D, so that an axis has P₂ = ⌊d/4⌋ and P₃ = ⌊d/6⌋ periods
 100^(i/P) for a head of d channels. The rows of queries and keys are put in another order, which changes no dot product, so that
-each pair of channels turns with the nearest period of its axis; the pairs left over take the places of z, which do not turn in a
-volume of one patch, whose z is 0. Periods are the same where i·P₂/P₃ is a whole number: the first always, all of them where P₂ = P₃
-(heads of 6 channels). A network whose attention reads these pairs only is the same function; any other begins near it.
+each pair of channels turns with the nearest period of its axis; the pairs left over take the places of z, which do not turn in
+a volume of one patch, whose z is 0. Periods are the same where i·P₂/P₃ is a whole number: the first always, all of them where
+P₂ = P₃ (heads of 6 channels). A network whose attention reads these pairs only is the same function; any other begins near it.
 """
 
 from collections.abc import Mapping
