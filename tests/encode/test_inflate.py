@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import Encoder
+from hilum.encode.encoder import Encoder, write_encoder
 from hilum.encode.grids import slice_token_affine
 from hilum.encode.inflate import channels_of_axes, inflate
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import ViT, make_rotation
 from hilum.encode.volume_contract import VolumeContract, prepare_volume
 from hilum.errors import UsageError
+from hilum.pretrain.start import fit_backbone, read_start
 from hilum.volume import Volume
 
 
@@ -109,6 +110,15 @@ def test_from_a_scan_of_one_slice():
     assert prepared.grid == (1, 5, 5)
     placed = slice_token_affine(scan, 0, (5, 5), Contract(size_px=40))
     np.testing.assert_allclose(prepared.affine[:, 1:], placed[:, 1:])
+
+
+def test_a_run_on_volumes_begins_from_an_encoder_of_slices(tmp_path):
+    one, two = pair(depth=4)
+    write_encoder(tmp_path, one, Contract(size_px=40), {})
+    state, changes = fit_backbone(read_start(tmp_path).weights, two.config)
+    assert changes == ["inflated from patches of 8×8 to 4×8×8"]
+    for name, tensor in two.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, msg=name)
 
 
 def test_what_does_not_fit_is_refused():
