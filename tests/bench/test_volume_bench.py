@@ -180,9 +180,6 @@ def test_a_joined_model_stands_beside_its_parts(tmp_path, root, models, hilum, m
     assert code == 0, error
     assert max(map(len, text.splitlines())) <= 100
     assert "deep is better than flat on" in " ".join(text.split())
-    code, _, error = hilum("show", out, "-o", tmp_path / "page.html", "-q")
-    assert code == 0, error
-    assert "Every pair of models" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
