@@ -18,43 +18,59 @@ SAME = 1e-4  # relative difference of spacings that are one: direction cosines a
 MAX_SHEAR_DEG = 0.5
 
 Box = tuple[slice, slice, slice]
+Sides = tuple[int, int, int]
 Slices = Iterable[NDArray[Any]]
 
 
+def body_sides(side: int, affine: FloatArray, unit: str) -> Sides:
+    """Voxels per side of the neighbourhood that `body_box` looks at; all odd.
+
+    A cube of `side` voxels for HU, as in VoxelFM's code. Without a unit, a cube of `side` of the smallest voxel sides in mm:
+    MR often has slices ten times as thick as its pixels, and a cube of voxels would be thicker than the patient.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = np.ones(3) if unit == "HU" else spacing.min() / spacing
+    z, y, x = (2 * int(side * float(r) / 2 + 1e-6) + 1 for r in ratio)
+    return z, y, x
+
+
 def body_box(
-    slices: Slices, shape: tuple[int, ...], side: int, threshold: float = BODY_HU, *, thin: bool = True
+    slices: Slices, shape: tuple[int, ...], sides: Sides, threshold: float = BODY_HU, *, thin: bool = True
 ) -> Box | None:
     """Where the patient is: the box around all voxels in whose neighbourhood more than half is above a threshold, and half a
     neighbourhood more on every side. None when there is no such voxel.
 
     slices  (Y, X) each, the Z of them in order
     shape   (Z, Y, X)
-    side    odd; the neighbourhood is a cube of so many voxels; outside the scan is background
-    thin    a scan with fewer voxels than `side` along an axis has a neighbourhood no thicker than itself there: "half" is of
+    sides   of the neighbourhood in voxels, odd; outside the scan is background
+    thin    a scan with fewer voxels than the neighbourhood along an axis has one no thicker than itself there: "half" is of
             what fits into the scan. VoxelFM's code (False) finds nothing in a scan of less than half a cube
 
-    Counts are sums of whole numbers, one axis at a time, slice by slice: exact, and `side` slices in memory.
+    Counts are sums of whole numbers, one axis at a time, slice by slice: exact, and as many slices in memory as `sides` says.
     """
-    reach, num = side // 2, shape[0]
-    least = np.prod([min(n, side) for n in shape], dtype=np.int64) / 2 if thin else side**3 / 2
+    deep, reaches = sides[0], [side // 2 for side in sides]
+    least = np.prod([min(n, m) if thin else m for n, m in zip(shape, sides)], dtype=np.int64) / 2
     total = np.zeros(shape[1:], np.int32)
     window: deque[NDArray[np.int32]] = deque()
-    along_z, in_plane = np.zeros(num, bool), np.zeros(shape[1:], bool)
+    along_z, in_plane = np.zeros(shape[0], bool), np.zeros(shape[1:], bool)
     source = iter(slices)
-    for k in range(num + reach):
-        if k < num:
-            window.append(_box_sum(next(source) > threshold, side))
+    for k in range(shape[0] + reaches[0]):
+        if k < shape[0]:
+            window.append(_box_sum(next(source) > threshold, sides[1], sides[2]))
             total += window[-1]
-        if k - side >= 0:
+        if k - deep >= 0:
             total -= window.popleft()
-        if k >= reach:  # `total` now is of the neighbourhood of slice k − reach
+        if k >= reaches[0]:  # `total` now is of the neighbourhood of slice k − reach
             kept = total > least
-            along_z[k - reach] = kept.any()
+            along_z[k - reaches[0]] = kept.any()
             in_plane |= kept
     if not along_z.any():
         return None
     places = (np.flatnonzero(along_z), *np.nonzero(in_plane))
-    z, y, x = (slice(max(int(at.min()) - reach, 0), min(int(at.max()) + reach + 1, n)) for at, n in zip(places, shape))
+    z, y, x = (
+        slice(max(int(at.min()) - reach, 0), min(int(at.max()) + reach + 1, n))
+        for at, reach, n in zip(places, reaches, shape)
+    )
     return z, y, x
 
 
@@ -64,10 +80,11 @@ def whole(shape: tuple[int, ...]) -> Box:
     return z, y, x
 
 
-def _box_sum(mask: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
-    """How many of the side × side pixels around each pixel are set; outside are none."""
-    counts = np.pad(mask.astype(np.uint16 if side < 256 else np.int32), side // 2)
-    return _run_sum(_run_sum(counts, side).T, side).T.astype(np.int32)
+def _box_sum(mask: NDArray[np.bool_], rows: int, columns: int) -> NDArray[np.int32]:
+    """How many of the rows × columns pixels around each pixel are set; outside are none."""
+    counts = mask.astype(np.uint16 if rows * columns < 1 << 16 else np.int32)
+    counts = np.pad(counts, ((rows // 2,) * 2, (columns // 2,) * 2))
+    return _run_sum(_run_sum(counts, rows).T, columns).T.astype(np.int32)
 
 
 def _run_sum(counts: NDArray[Any], side: int) -> NDArray[Any]:

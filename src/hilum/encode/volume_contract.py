@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from hilum.archive.body import BODY_HU, MAX_SHEAR_DEG, SAME, body_box, cut, isotropic_shape, moments, resized
+from hilum.archive.body import (
+    BODY_HU,
+    MAX_SHEAR_DEG,
+    SAME,
+    body_box,
+    body_sides,
+    cut,
+    isotropic_shape,
+    moments,
+    resized,
+)
 from hilum.archive.judge.hounsfield import check_hounsfield
 from hilum.archive.store.content import find_threshold
 from hilum.errors import ContractError
@@ -30,8 +40,8 @@ class VolumeContract:
     modalities         what it may be shown; CT must be in HU, what has no unit is not clipped
     orientation        patient directions of (Z, Y, X)
     clip_hu            values are cut to this range
-    background_px      cut to the box of what is above −800 HU (a box filter of this many voxels), without a unit above the
-                       threshold of the anatomy (`archive.store.content`); 0 leaves it out
+    background_px      cut to the box of what is above −800 HU (a box filter of this many voxels); 0 leaves it out. Without
+                       a unit: above the threshold of the anatomy, the filter a cube in mm (`archive.body.body_sides`)
     min_spacing_mm     isotropic at the smallest spacing of the scan, but not finer than this
     max_patches        a volume of more is made smaller
     patch              voxels of a patch along (Z, Y, X); what is over is cut evenly from both ends
@@ -149,7 +159,7 @@ def fit_volume(
     thin    whether scans thinner than the box filter are taken (`archive.body.body_box`); False as VoxelFM's code
     """
     if contract.background_px:
-        box = _find_body(voxels, contract.background_px, unit, thin)
+        box = _find_body(voxels, affine, contract.background_px, unit, thin)
         if any(s.stop - s.start < n for s, n in zip(box, voxels.shape)):
             shape = "×".join(str(s.stop - s.start) for s in box)
             notes.append(f"background cut away: {shape} of {'×'.join(map(str, voxels.shape))} voxels left")
@@ -179,17 +189,18 @@ def fit_volume(
     return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
 
 
-def _find_body(voxels: NDArray[Any], side: int, unit: str, thin: bool) -> tuple[slice, slice, slice]:
+def _find_body(
+    voxels: NDArray[Any], affine: FloatArray, side: int, unit: str, thin: bool
+) -> tuple[slice, slice, slice]:
     """The box of the patient; ContractError when there is none."""
     threshold = BODY_HU if unit == "HU" else find_threshold(each(voxels))
-    box = body_box(each(voxels), voxels.shape, side, threshold, thin=thin)
+    sides = body_sides(side, affine, unit)
+    box = body_box(each(voxels), voxels.shape, sides, threshold, thin=thin)
     if box is None:
-        what = f"nothing but air: no cube of {side} voxels is more than half above {threshold:g} HU"
-        if unit != "HU":
-            what = f"nothing but background: no cube of {side} voxels is more than half above {threshold:g}"
-        elif not thin and min(len(voxels), side) * side**2 <= side**3 / 2:
+        what = f"no box of {'×'.join(map(str, sides))} voxels is more than half above {threshold:g}"
+        if not thin and min(len(voxels), side) * side**2 <= side**3 / 2:
             what += f" (a scan of {len(voxels)} slices cannot fill it)"
-        raise ContractError(what)
+        raise ContractError(f"nothing but {'air' if unit == 'HU' else 'background'}: {what} {unit}".rstrip())
     return box
 
 

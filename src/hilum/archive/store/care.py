@@ -41,8 +41,9 @@ def merge(stores: Sequence[str | Path], out: str | Path, *, progress: Progress |
     opened, out = [Store(s) for s in stores], Path(out)
     if any(out.resolve() == s.root.resolve() for s in opened):
         raise UsageError(f"{out} is one of the stores to merge; choose a new folder, or use hilum store append")
+    derived = _same_making(opened)
     num_same = _check_mergeable(opened)
-    header = {"key": opened[0].header.get("key"), "merged": [s.hash for s in opened], **_same_making(opened)}
+    header = {"key": opened[0].header.get("key"), "merged": [s.hash for s in opened], **derived}
     open_for_writing(out, header)
     if check_header(out).get("status") != "complete":
         _join(opened, out, progress)

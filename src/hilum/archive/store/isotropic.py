@@ -6,7 +6,7 @@ the box of the body, clipped (HU) and interpolated to cubic voxels, by the rules
 things: `moments`, mean and standard deviation of the body box before it was resampled, and `volume`, a coarse grid of where
 the anatomy is.
 
-Chunks of 64³ in blocks of 32³, LZ4 after a byte shuffle: of a noisy CT (one core, processor time) 870 crops of 112³/s and 0.98
+Chunks of 64³ in blocks of 32³, LZ4 after a byte shuffle: of a noisy CT (one core, best of three) 870 crops of 112³/s and 0.98
 bytes a voxel, where a chunk a slice and a bit shuffle, the plain store's way, give 180 crops/s and 0.84 bytes; that bit shuffle
 on cubes 350 crops/s and 0.81 bytes. A slice is read at 540/s instead of 5,400: train on slices from the plain store.
 """
@@ -24,7 +24,18 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hilum.archive.body import BODY_HU, MAX_SHEAR_DEG, body_box, cut, isotropic_shape, moments, resize, resized, whole
+from hilum.archive.body import (
+    BODY_HU,
+    MAX_SHEAR_DEG,
+    body_box,
+    body_sides,
+    cut,
+    isotropic_shape,
+    moments,
+    resize,
+    resized,
+    whole,
+)
 from hilum.archive.intake import refuse
 from hilum.archive.ledger import Entry, entries_of, read_entries, write_sorted
 from hilum.archive.locks import hold
@@ -59,8 +70,8 @@ class IsotropicSettings:
     """How volumes are made isotropic; the steps in their order.
 
     orientation     patient directions of (Z, Y, X)
-    background_px   cut to the box of the body: side of the cube in which more than half must be above −800 HU (without a unit:
-                    above the threshold of the anatomy); odd, 0 leaves it out
+    background_px   cut to the box of the body: side of the cube in which more than half must be above −800 HU; odd, 0 leaves
+                    it out. Without a unit: above the threshold of the anatomy, in a cube in mm (`archive.body.body_sides`)
     clip_hu         HU are cut to this range
     min_spacing_mm  cubic voxels at the smallest spacing of the scan, but not smaller than this
     longest         most voxels along a side; what is longer gets larger voxels (VoxelFM's paper 768); 0: no limit (its code)
@@ -191,9 +202,10 @@ def make_isotropic(store: Store, row: Row, settings: IsotropicSettings) -> Isotr
 
     if settings.background_px:
         threshold = BODY_HU if hu else find_threshold(values())
-        box = body_box(values(), vol.shape, settings.background_px, threshold)
+        sides = body_sides(settings.background_px, vol.affine, row.unit)
+        box = body_box(values(), vol.shape, sides, threshold)
         if box is None:
-            raise ScanRefused("no_body", f"no cube of {settings.background_px} voxels is half above {threshold:g}")
+            raise ScanRefused("no_body", f"no box of {'×'.join(map(str, sides))} voxels is half above {threshold:g}")
     else:
         box = whole(vol.shape)
     inside = box

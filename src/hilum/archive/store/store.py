@@ -194,7 +194,8 @@ class Store:
         self.root = Path(root)
         self.header = check_header(self.root)
         if self.header.get("status") != "complete":
-            raise StoreError(f"{self.root} is not finished; run the same hilum prepare command again to complete it")
+            command = "resample" if "derived" in self.header else "prepare"
+            raise StoreError(f"{self.root} is not finished; run the same hilum {command} command again to complete it")
         self.rows = read_index(index_path(self.root))
         self.row = lru_cache(maxsize=4096)(self._find)
 
