@@ -245,13 +245,18 @@ class ViT(nn.Module):
         return 1 + self.config.num_registers
 
     def reset_parameters(self) -> None:
-        """DINOv2: linear and position weights truncated normal .02, class token 1e-6, biases and mask token zero."""
+        """DINOv2: linear and position weights truncated normal .02, class token 1e-6, biases and mask token zero.
+
+        Rotary positions add nothing to the class token and the registers, and the first LayerNorm divides by their deviation: at
+        1e-6 its gradient is a thousand times the others'. They begin at .02 there, as DINOv3's.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        nn.init.normal_(self.registers, std=1e-6)
+        std = 1e-6 if self.config.positions == "learned" else 0.02
+        nn.init.normal_(self.cls_token, std=std)
+        nn.init.normal_(self.registers, std=std)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
