@@ -18,6 +18,8 @@ from hilum.encode.volume_contract import (
     prepare_volume,
 )
 from hilum.errors import ContractError
+from hilum.records import hash_json
+from hilum.settings import to_dict
 from hilum.volume import Volume, orient
 
 SMALL = VolumeContract(background_px=5, patch=(4, 4, 4), min_spacing_mm=0.75)
@@ -262,3 +264,25 @@ def test_training_and_inference_see_the_same_numbers(tmp_path, make, plane):
     rounded = row.slope + Store(tmp_path / "plain").row("a" * 16).slope * (vol.unit == "")  # MR with fractions: twice
     np.testing.assert_allclose(trained, found.image[0].numpy(), atol=0.5 * rounded / std + 2e-5)
     np.testing.assert_allclose(np.array(row.affine).reshape(4, 4), found.affine, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 17), (8, 8, 8), (9, 31, 5)])
+def test_padded_edges_keep_every_voxel_and_its_place(shape):
+    """Each voxel of the scan is in the image, at the place in mm that the tokens' affine gives it."""
+    contract = VolumeContract(modalities=("MR",), background_px=0, patch=(8, 8, 8), edges="pad")
+    voxels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    affine = diagonal(1.0, 1.0, 1.0)
+    found = fit_volume(voxels, affine, contract, [], unit="")
+    assert found.grid == tuple(-(-n // 8) for n in shape)
+    corner = (found.affine @ [-0.4375, -0.4375, -0.4375, 1])[:3]  # the first voxel of the first patch
+    at = np.rint(np.linalg.inv(affine) @ [*corner, 1])[:3].astype(int)
+    assert all(-8 < n <= 0 for n in at)
+    inside = tuple(slice(-n, -n + side) for n, side in zip(at, shape))
+    expected = (voxels - voxels.mean(dtype=np.float64)) / voxels.std(dtype=np.float64)
+    assert np.abs(found.image[0].numpy()[inside] - expected).max() < 1e-4
+
+
+def test_contracts_from_before_edges_keep_their_hash():
+    values = to_dict(VolumeContract())
+    del values["edges"]
+    assert VolumeContract().hash == hash_json(values) != VolumeContract(edges="pad").hash

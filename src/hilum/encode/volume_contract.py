@@ -3,6 +3,7 @@
 Every step keeps the affine, so that a patch token always knows where in the patient it is.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,9 @@ class VolumeContract:
                        a unit: above the threshold of the anatomy, the filter a cube in mm (`archive.body.body_sides`)
     min_spacing_mm     isotropic at the smallest spacing of the scan, but not finer than this
     max_patches        a volume of more is made smaller
-    patch              voxels of a patch along (Z, Y, X); what is over is cut evenly from both ends
+    patch              voxels of a patch along (Z, Y, X)
+    edges              what is over whole patches: "cut" evenly from both ends (VoxelFM), or "pad", the edge voxels repeated on
+                       both ends until patches are whole, so that every voxel has a token and thin scans are taken
     mean, std          constants of the normalisation, HU; what has no unit is normalised by mean and standard deviation of the
                        scan within the box, before it is made isotropic
     pooling            vector of a volume: class token, mean of the patch tokens, or both one after the other
@@ -57,6 +60,7 @@ class VolumeContract:
     min_spacing_mm: float = 0.75
     max_patches: int = 25_000
     patch: tuple[int, int, int] = (14, 14, 14)
+    edges: Literal["cut", "pad"] = "cut"
     mean: float = -573.8
     std: float = 461.3
     pooling: Literal["class", "mean", "class+mean"] = "class"
@@ -73,7 +77,10 @@ class VolumeContract:
 
     @property
     def hash(self) -> str:
-        return hash_json(to_dict(self))
+        values = to_dict(self)
+        if self.edges == "cut":
+            del values["edges"]  # contracts had no such choice before; theirs is this one
+        return hash_json(values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -174,19 +181,28 @@ def fit_volume(
     image, affine = _resize(image, affine, cubic, notes, "made isotropic")
     smaller = budget_shape(image.shape, contract)
     image, affine = _resize(image, affine, smaller, notes, f"kept within {contract.max_patches:,} patches")
+    image, affine = _whole_patches(image, affine, contract)
     grid = tuple(n // p for n, p in zip(image.shape, contract.patch))
-    if 0 in grid:
+    token_affine = cut(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
+    token_affine[:3, :3] *= contract.patch
+    image = (image - mean).div_(std)
+    return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
+
+
+def _whole_patches(image: Tensor, affine: FloatArray, contract: VolumeContract) -> tuple[Tensor, FloatArray]:
+    """Cut or padded at both ends, the odd voxel at the high one; ContractError when cutting leaves nothing."""
+    if contract.edges == "pad":
+        over = [-n % p for n, p in zip(image.shape, contract.patch)]
+        width = [side for n in reversed(over) for side in (n // 2, n - n // 2)]
+        return functional.pad(image[None, None], width, mode="replicate")[0, 0], cut(affine, [-(n // 2) for n in over])
+    if any(n < p for n, p in zip(image.shape, contract.patch)):
         raise ContractError(
             f"the scan has {'×'.join(map(str, image.shape))} voxels of {_spacing(affine)} mm; expected at least one patch of "
             f"{'×'.join(map(str, contract.patch))}"
         )
     start = [(n % p) // 2 for n, p in zip(image.shape, contract.patch)]
-    image = image[tuple(slice(s, s + g * p) for s, g, p in zip(start, grid, contract.patch))]
-    affine = cut(affine, start)
-    token_affine = cut(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
-    token_affine[:3, :3] *= contract.patch
-    image = (image - mean).div_(std)
-    return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
+    whole = tuple(slice(s, s + n - n % p) for s, n, p in zip(start, image.shape, contract.patch))
+    return image[whole], cut(affine, start)
 
 
 def _find_body(
@@ -209,7 +225,7 @@ def budget_shape(shape: Any, contract: VolumeContract) -> tuple[int, ...]:
     patches (the smallest of equals), and 0.95 f when none is small enough; sides are int(N·factor)."""
 
     def num_patches(sides: Any) -> int:
-        return int(np.prod([n // p for n, p in zip(sides, contract.patch)]))
+        return math.prod(-(-n // p) if contract.edges == "pad" else n // p for n, p in zip(sides, contract.patch))
 
     if num_patches(shape) <= contract.max_patches:
         return tuple(shape)

@@ -78,6 +78,7 @@ def contract_of(recipe: Recipe) -> AnyContract:
         min_spacing_mm=volumes.min_spacing_mm,
         max_patches=volumes.max_patches,
         patch=(z, y, x),
+        edges=volumes.edges,
         mean=volumes.mean,
         std=volumes.std,
         pooling="class+mean",

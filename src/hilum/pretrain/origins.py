@@ -136,6 +136,7 @@ SETTINGS: dict[str, Setting] = {
     "volumes.std": Setting("HU", "CT is divided by it", "code", "VoxelFM's default; its released run may have another"),
     "volumes.min_spacing_mm": Setting("mm", "smallest side of an isotropic voxel", "code", "VoxelFM, when it encodes"),
     "volumes.max_patches": Setting("patches", "of a scan at once, when it is encoded", "code", "VoxelFM"),
+    "volumes.edges": Setting("choice", "what is over whole patches is cut off or padded", "code", "VoxelFM: cut"),
     "sampling.ct": Setting("weight", "of CT", "ours", "unpublished; 1 = its natural share"),
     "sampling.mr": Setting("weight", "of MR", "ours", "unpublished; 1 = its natural share"),
     "sampling.other": Setting("weight", "of the rest", "ours", "unpublished; 1 = its natural share"),

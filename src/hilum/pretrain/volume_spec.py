@@ -35,7 +35,8 @@ class VolumeSpec:
     clip_hu, mean, std   HU are cut to this range and normalised by these constants; other units by the mean and deviation of
                    the scan
     min_spacing_mm       smallest side of a voxel that the training store was made with, and scans will be given
-    max_patches          of a scan at once, when the encoder is used
+    max_patches, edges   of a scan, when the encoder is used: patches at once, and what becomes of voxels over whole patches
+                         ("cut", VoxelFM's code, or "pad")
     """
 
     shapes: tuple[tuple[Shape, Shape, float], ...] = (((112, 112, 112), (56, 56, 56), 1.0),)
@@ -52,6 +53,7 @@ class VolumeSpec:
     std: float = 461.3
     min_spacing_mm: float = 0.75
     max_patches: int = 25_000
+    edges: Literal["cut", "pad"] = "cut"
 
     def __post_init__(self) -> None:
         if not self.shapes or any(weight <= 0 for *_, weight in self.shapes):
