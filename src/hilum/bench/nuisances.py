@@ -38,7 +38,7 @@ def _header(source: Source) -> Nuisances:
         return read_acquisition(source.path)
     if grid.affine is None:
         return {}
-    thickness, *pixels = np.linalg.norm(grid.affine[:3, :3], axis=0).round(3).tolist()
+    thickness, *pixels = np.linalg.norm(grid.affine[:3, :3], axis=0).round(4).tolist()
     sides = [number * step for number, step in zip(grid.shape[1:], pixels)]
-    found: Nuisances = {"spacing": pixels[0], "field_of_view": round(max(sides), 3)}
+    found: Nuisances = {"spacing": pixels[0], "field_of_view": max(sides)}
     return found | ({"thickness": thickness} if grid.shape[0] > 1 else {})

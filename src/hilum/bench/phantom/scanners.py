@@ -47,13 +47,13 @@ KERNELS = {"soft": (1.8, 6.0), "standard": (0.5, 25.0), "sharp": (-1.5, 90.0)}
 
 
 def sample_scanner(rng: np.random.Generator) -> dict[str, Any]:
-    """Vendor, kernel, field of view and thickness in mm, independent of one another and of the patient."""
+    """Vendor, kernel, field of view (and so the pixel's spacing) and thickness in mm, independent of one another and of the
+    patient."""
+    vendor, kernel = str(rng.choice(list(VENDORS))), str(rng.choice(list(KERNELS)))
+    field, thickness = (round(float(rng.uniform(*limits)), 1) for limits in (FIELD_MM, THICKNESS_MM))
     return {
-        "vendor": str(rng.choice(list(VENDORS))),
-        "kernel": str(rng.choice(list(KERNELS))),
-        "field_of_view": round(float(rng.uniform(*FIELD_MM)), 1),
-        "thickness": round(float(rng.uniform(*THICKNESS_MM)), 1),
-    }
+        "vendor": vendor, "kernel": kernel, "field_of_view": field, "spacing": field / MATRIX, "thickness": thickness
+    }  # fmt: skip
 
 
 def scan_with(
@@ -100,7 +100,8 @@ def _with_finding(anatomy: Anatomy, finding: str, rng: np.random.Generator) -> P
 def _resampled(image: Pixels, affine: FloatArray, field_mm: float, thickness_mm: float) -> tuple[Pixels, FloatArray]:
     """The part of the torso in `RANGE_MM`, in slices as thick as their distance, on MATRIX² pixels about its middle."""
     step_z, step = float(affine[2, 0]), float(affine[1, 1])
-    image = ndimage.gaussian_filter1d(image, max(thickness_mm / step_z - 1, 0) / 2.355, axis=0)
+    if thickness_mm > step_z:
+        image = ndimage.gaussian_filter1d(image, (thickness_mm / step_z - 1) / 2.355, axis=0)
     image = ndimage.gaussian_filter(image, (0, 0.8, 0.8))
     spacing = field_mm / MATRIX
     number = int((RANGE_MM[1] - RANGE_MM[0]) // thickness_mm)
