@@ -6,7 +6,7 @@ from typing import Any
 
 import pydicom
 
-from hilum.archive.dicom.header import BROKEN
+from hilum.archive.dicom.header import BROKEN, quiet
 
 
 def read_acquisition(path: Path) -> dict[str, str | float]:
@@ -17,16 +17,16 @@ def read_acquisition(path: Path) -> dict[str, str | float]:
     kernel         ConvolutionKernel, the first
     thickness      SliceThickness, mm
     spacing        of pixels between rows, mm
-    field_of_view  the larger side of the image, mm
+    field_of_view  the larger side of the image, mm; not of a mosaic, which holds many
     sex            M, F or O
-    age            years
+    age            years; 000Y is what de-identification leaves, and is none
 
     {} when the file is no DICOM or broken: whoever reads its pixels says why.
     """
     try:
-        with open(path, "rb") as handle:
+        with quiet(), open(path, "rb") as handle:
             header = pydicom.dcmread(handle, stop_before_pixels=True, specific_tags=list(_KEYWORDS))
-        found = {name: read(header) for name, read in _READ.items()}
+            found = {name: read(header) for name, read in _READ.items()}
     except BROKEN:
         return {}
     return {name: value for name, value in found.items() if value not in (None, "")}
@@ -34,7 +34,7 @@ def read_acquisition(path: Path) -> dict[str, str | float]:
 
 _KEYWORDS = (
     "Manufacturer", "ManufacturerModelName", "ConvolutionKernel", "SliceThickness", "PixelSpacing", "Rows", "Columns",
-    "PatientSex", "PatientAge",
+    "PatientSex", "PatientAge", "ImageType",
 )  # fmt: skip
 _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
@@ -50,9 +50,11 @@ def vendor_of(manufacturer: str) -> str:
 
 
 def years_of(age: str) -> float | None:
-    """ "036Y" → 36.0 (PS3.5, value representation AS); None for anything else."""
+    """ "036Y" → 36.0 (PS3.5, value representation AS); None for anything else, and for 000Y."""
     age = age.strip().upper()
-    return int(age[:-1]) * _YEARS[age[-1]] if age[:-1].isdigit() and age[-1] in _YEARS else None
+    if age == "000Y" or age[-1:] not in _YEARS or not age[:-1].isdigit():
+        return None
+    return int(age[:-1]) * _YEARS[age[-1]]
 
 
 def _sex(header: Any) -> str:
@@ -62,7 +64,8 @@ def _sex(header: Any) -> str:
 
 def _field(header: Any) -> float | None:
     spacing = header.get("PixelSpacing")
-    if not spacing or not header.get("Rows") or not header.get("Columns"):
+    many = {"MOSAIC", "VFRAME"} & set(header.get("ImageType") or ())
+    if many or not spacing or not header.get("Rows") or not header.get("Columns"):
         return None
     return round(max(int(header.Rows) * float(spacing[0]), int(header.Columns) * float(spacing[1])), 3)
 
