@@ -94,7 +94,7 @@ PHANTOM_TASKS: tuple[Task, ...] = (
     ),
     _task(
         "lesion-centre", "Centre of a lung nodule", "localisation", "volume", "mean_distance_mm",
-        "as painted, in a piece of lung that holds it somewhere"
+        "as painted, in a piece of a chest that holds it somewhere; the middle of the piece is 42 mm off on average"
     ),
     _task(
         "solid-organs", "Segmentation of six organs", "segmentation", "volume", "dice", "as painted",
