@@ -153,7 +153,7 @@ print(*[name for name in api.__all__ if callable(getattr(api, name))])
 """
     assert set(run(code).split()) == {
         "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
-        "pull", "scan", "show",
+        "pull", "resample", "scan", "show",
     }  # fmt: skip
 
 
@@ -184,6 +184,7 @@ def test_files_and_functions_are_short():
 SETTINGS = {
     "Contract": {"contract"},
     "VolumeContract": {"contract"},
+    "IsotropicSettings": {"settings"},
     "How": {"how"},
     "ViTConfig": {"config", "model"},
     "Sampling": {"sampling"},

@@ -6,12 +6,14 @@
 Sizes run from small to large, so that the peak memory of a line is that of its size. Attention costs the square of the number
 of tokens; what is left is the same work for every token, and `ms per token, attention apart` should not grow. `--plain` takes
 turns with the same network whose attention is written out as a softmax of a matrix of all tokens by all tokens, as in VoxelFM's
-code; at 25,000 patches that matrix and its softmax are 60 GB.
+code; at 25,000 patches that matrix and its softmax are 60 GB. `--blocks 1` asks for memory alone, in a twelfth of the time: a
+pass needs as much in one block as in twelve, and the weights of those left out are added in a line of their own.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from measure import print_lines, take_turns
@@ -37,9 +39,9 @@ def plain(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
     return weights @ v_BHND
 
 
-def operations(num_tokens: int) -> tuple[float, float]:
+def operations(config: ViTConfig, num_tokens: int) -> tuple[float, float]:
     """Multiplications and additions of one pass: of attention itself, of all linear layers."""
-    width, depth, _, _, hidden = SIZES[CONFIG.size]
+    width, depth, _, _, hidden = SIZES[config.size]
     attention = depth * 4 * num_tokens**2 * width
     linear = depth * 2 * num_tokens * (4 * width**2 + 2 * width * hidden) + 2 * num_tokens * width * 14**3
     return attention, linear
@@ -66,12 +68,18 @@ def run(encoder: Encoder, image: Tensor, work: Attend) -> tuple[float, float]:
     return time.perf_counter() - start, clock.seconds
 
 
+def weights_mib(config: ViTConfig) -> float:
+    with torch.device("meta"):
+        return sum(4 * p.numel() for p in vit.ViT(config).parameters()) / 2**20
+
+
 def measure(encoder: Encoder, num_patches: int, repeats: int) -> None:
     grid = GRIDS[num_patches]
     image = torch.randn(1, 1, *(14 * n for n in grid))
     num_tokens = num_patches + 1 + CONFIG.num_registers
     times = [run(encoder, image, attend) for _ in range(repeats)]
-    attention, linear = operations(num_tokens)
+    config = encoder.network.config
+    attention, linear = operations(config, num_tokens)
     results = {
         "s per volume": [whole for whole, _ in times],
         "ms per token": [1e3 * whole / num_tokens for whole, _ in times],
@@ -83,8 +91,15 @@ def measure(encoder: Encoder, num_patches: int, repeats: int) -> None:
         "estimated memory MiB, process apart": [
             memory_estimate(CONFIG, num_tokens, getattr(torch, encoder.precision)) / 2**20
         ],
+        "weights left out MiB": [weights_mib(CONFIG) - weights_mib(config)],
     }
-    print_lines(results, patches=num_patches, precision=encoder.precision, threads=torch.get_num_threads())
+    print_lines(
+        results,
+        blocks=len(encoder.network.blocks),
+        patches=num_patches,
+        precision=encoder.precision,
+        threads=torch.get_num_threads(),
+    )
 
 
 def compare(encoder: Encoder, num_patches: int, repeats: int) -> None:
@@ -106,9 +121,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--blocks", type=int, default=12)
     given = parser.parse_args()
     torch.manual_seed(0)
-    encoder = Encoder(vit.ViT(CONFIG), VolumeContract(), "voxelfm", patch=CONFIG.patch, precision=given.precision)
+    width, _, heads, kind, hidden = SIZES[CONFIG.size]
+    config = replace(CONFIG, size=f"{width}x{given.blocks}x{heads}-{kind}{hidden}")
+    encoder = Encoder(vit.ViT(config), VolumeContract(), "voxelfm", patch=config.patch, precision=given.precision)
     run(encoder, torch.randn(1, 1, 56, 56, 56), attend)  # warm
     for num_patches in sorted(given.patches or ([2000] if given.plain else [2000, 25000])):
         (compare if given.plain else measure)(encoder, num_patches, given.repeats)

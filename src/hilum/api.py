@@ -9,6 +9,7 @@ from hilum.archive.doctor.overview import show as show_archive
 from hilum.archive.phantom import write_phantom as phantom
 from hilum.archive.prepare import prepare
 from hilum.archive.scan import scan
+from hilum.archive.store.isotropic import resample_store as resample
 from hilum.archive.workers import default_num_workers
 from hilum.bench.phantom.scans import write_phantom_scans
 from hilum.bench.report.page import show_results
@@ -28,7 +29,7 @@ from hilum.terminal import Progress
 
 __all__ = [
     "bench", "demo", "doctor", "embed", "export", "inspect", "phantom", "plan", "predict", "prepare", "pretrain", "probe",
-    "pull", "scan", "show",
+    "pull", "resample", "scan", "show",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
 from hilum.cli_predict import erase, predict
 from hilum.cli_pretrain import plan, pretrain
-from hilum.cli_store import store_app
+from hilum.cli_store import resample, store_app
 from hilum.errors import EXIT_BUG, EXIT_INPUT_REFUSED, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
 from hilum.terminal import print_result
 
@@ -166,6 +166,7 @@ def prepare(
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
 
+app.command()(resample)
 app.command()(plan)
 app.command()(pretrain)
 

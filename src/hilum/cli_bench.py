@@ -42,7 +42,9 @@ def list_tasks(suite: Suite = "", as_json: Json = False) -> None:
 def run(
     model: Annotated[
         list[str],
-        typer.Option(help="A folder, a released encoder, pixels, random:FOLDER; LABEL=MODEL names it. May be repeated."),
+        typer.Option(
+            help="A folder, a released encoder, pixels, random:FOLDER; LABEL=MODEL names it, LABEL=A+B joins two. Repeat it."
+        ),
     ],
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; the same command goes on in it.")],
@@ -50,7 +52,9 @@ def run(
     task: TaskIds = None,
     protocol: Annotated[
         list[str] | None,
-        typer.Option(help="full, few-shot[:K], fraction[:F], curia, tokens. Default: full; of the phantom few-shot:5, too."),
+        typer.Option(
+            help="full, few-shot[:K], fraction[:F], curia, chunked[:N], tokens. Default: full; of the phantom few-shot:5, too."
+        ),
     ] = None,
     head: Annotated[list[str] | None, typer.Option(help="Instead of the usual heads of a task. May be repeated.")] = None,
     features: Annotated[str, typer.Option(help="class, mean, max or some with +; default: as the contract says.")] = "",
@@ -114,15 +118,27 @@ def compare(
         list[str] | None, typer.Option("--a", help="What A is: model=NAME, head=…, features=…, protocol=….")
     ] = None,
     b: Annotated[list[str] | None, typer.Option("--b", help="What B is, likewise.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Several models of one folder, each with each other. Repeat it.")
+    ] = None,
     resamples: Annotated[int, typer.Option(help="Of patients.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Two models on the same cases: a sentence, and a table with paired intervals and tests."""
+    """Models on the same cases: a sentence, and a table with paired intervals and tests."""
     from hilum.bench.judge.compare import compare_results
+    from hilum.bench.judge.pairs import compare_models
     from hilum.terminal import Reporter, wrap_row
 
+    if model:
+        if second or a or b:
+            raise UsageError("--model compares models within one folder; give it without a second folder, --a and --b")
+        with Reporter(quiet) as progress:
+            pairs = compare_models(first, model, num_resamples=resamples, seed=seed, progress=progress)
+        told = [wrap_row([], [], line) for line in (*pairs.sentences(), *pairs.notes())]
+        print_result(pairs.to_dict(), as_json, "\n".join([pairs.table(), "", *told]))
+        return
     with Reporter(quiet) as progress:
         found = compare_results(
             first,

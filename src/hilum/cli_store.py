@@ -1,4 +1,4 @@
-"""`hilum store …`: check, join, extend, tidy and hand on stores."""
+"""`hilum store …`: check, join, extend, tidy and hand on stores; `hilum resample`: make them isotropic."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,8 @@ from hilum.terminal import print_result
 store_app = typer.Typer(no_args_is_help=True, help="Verify, merge, append, compact and export stores.")
 
 StorePath = Annotated[Path, typer.Argument(help="A store.")]
+MOST_SHOWN = 20  # volumes named on the screen
+
 Workers = Annotated[int | None, typer.Option("--num-workers", help="Processes; one per core by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -123,3 +125,39 @@ def export(
                 store, out, shard_mb=shard_mb, voxels=voxels, num_workers=num_workers, progress=progress
             )
     print_result(result, as_json, f"{out}: {result['num_volumes']:,} volumes, {result['num_files']:,} files written")
+
+
+def resample(
+    store: StorePath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new store.")],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="min_spacing_mm, longest, background_px, orientation, clip_hu: name=value."),
+    ] = None,
+    num_workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Store → isotropic store, for training on volumes. Interrupted, it goes on when run again.
+
+    Each volume is turned to one orientation, cut to the box of the body and made isotropic. Exit code 4 when some are left out.
+    """
+    from hilum.archive.reasons import REASONS
+    from hilum.archive.store.isotropic import IsotropicSettings
+    from hilum.archive.store.isotropic import resample_store as run
+    from hilum.settings import override
+    from hilum.terminal import Reporter, format_table
+
+    settings = override(IsotropicSettings(), sets or ())
+    with Reporter(quiet) as progress:
+        result = run(store, out, settings=settings, num_workers=num_workers, progress=progress)
+    text = f"{out}: {result['num_volumes']:,} isotropic volumes, {result['bytes'] / 1e9:.2f} GB"
+    if left := result["left_out"]:
+        rows = [[row["key"], row["reason"], row["detail"]] for row in left]
+        meanings = [f"{reason}: {REASONS[reason].sentence}" for reason in sorted({row["reason"] for row in left})]
+        table = format_table(["left out", "reason", "detail"], rows[:MOST_SHOWN])
+        more = [f"… and {len(rows) - MOST_SHOWN:,} more, in {out / 'ledger.parquet'}"] if len(rows) > MOST_SHOWN else []
+        text = "\n".join([f"{text}; {len(rows):,} left out", table, *more, *meanings])
+    print_result(result, as_json, text)
+    if result["left_out"]:
+        raise typer.Exit(EXIT_SOME_LEFT_OUT)

@@ -150,7 +150,7 @@ def test_asked_to_stop(archive, whole, tmp_path, key, number, code, num_workers)
     assert content(tmp_path / "store") == content(whole)
 
 
-@pytest.mark.parametrize("step", ["merge_indexes", "write_sorted", "write_header", "_drop_parts", "drop_plan"])
+@pytest.mark.parametrize("step", ["merge_indexes", "write_sorted", "write_header", "drop_parts", "drop_plan"])
 def test_stopped_between_any_two_last_steps(archive, whole, tmp_path, key, monkeypatch, step):
     original = getattr(module, step)
 
@@ -254,7 +254,7 @@ def test_the_store_does_not_depend_on_what_fits_in_memory_or_in_a_part(
     archive, whole, tmp_path, key, monkeypatch, limit_bytes
 ):
     monkeypatch.setattr(spill, "LIMIT_BYTES", limit_bytes)
-    monkeypatch.setattr(module, "FEWEST_SCANS", 7)
+    monkeypatch.setattr("hilum.archive.parts.FEWEST_SCANS", 7)
     prepare(archive, tmp_path / "store", key=key, num_workers=1)
     assert content(tmp_path / "store") == content(whole)
 

@@ -101,7 +101,8 @@ def write_results(
             "split_hash": "0123456789abcdef", "num_missing": 0,
         }  # fmt: skip
     write_json(folder / "results.json", {
-        "format": "hilum-bench-results", "version": 1, "settings": {"protocols": ["full"], "seeds": seeds}, "key": "aaaa",
+        "format": "hilum-bench-results", "version": 1, "key": "aaaa",
+        "settings": {"protocols": ["full"], "seeds": seeds, "num_resamples": num_resamples},
         "models": {m: {"weights": "ab" * 8, "contract": "cd" * 8, "contract_is": {}, "precision": "float32",
                        "random": m.startswith("random")} for m in models},
         "tasks": about, "left_out": [{"task": "toy:age", "model": "x", "cases": 3, "reason": "no_geometry"}],

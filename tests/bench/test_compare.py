@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hilum.bench.judge.compare import compare_results
+from hilum.bench.judge.pairs import compare_models
 from hilum.bench.predictions import write_predictions
 from hilum.errors import InputError, UsageError
 from hilum.metrics import auroc
@@ -174,3 +175,44 @@ def test_what_cannot_be_compared_is_said(results, tmp_path):
         write(tmp_path / name, make_table("classification", y, binary(rng, y, 0.1), patients=np.zeros(NUM)))
     with pytest.raises(InputError, match=r"no task can be compared: t class linear full: .*at least 2 clusters"):
         compare_results(tmp_path / "t", tmp_path / "u", **FEW)
+
+
+def test_three_models_each_with_each_other(tmp_path):
+    """The rows are those of each pair alone; Holm, written out, over all of them; a task that one model lacks is told."""
+    rng = np.random.default_rng(0)
+    y = np.arange(NUM) % 2
+    for model, signal in (("flat", 0.02), ("deep", 0.1), ("both", 0.25)):
+        for task in ("s:one", "s:two"):
+            if (task, model) == ("s:two", "flat"):
+                continue
+            features = "class" if model != "both" else "class|mean"
+            write(
+                tmp_path,
+                make_table("classification", y, binary(rng, y, signal), task=task, model=model, features=features),
+            )
+    found = compare_models(tmp_path, ["flat", "deep", "both"], **FEW)
+    assert found.pairs == (("deep", "flat"), ("both", "flat"), ("both", "deep"))
+    assert [[row.task for row in rows] for rows in found.rows] == [["s:one"], ["s:one"], ["s:one", "s:two"]]
+    p = [row.p for rows in found.rows for row in rows]
+    order = sorted(range(4), key=p.__getitem__)
+    slow, largest = [0.0] * 4, 0.0
+    for rank, n in enumerate(order):
+        largest = max(largest, min(1.0, p[n] * (4 - rank)))
+        slow[n] = largest
+    assert [row.p_holm for rows in found.rows for row in rows] == pytest.approx(slow)
+    for (first, second), rows in zip(found.pairs, found.rows):
+        alone = compare_results(tmp_path, first_is={"model": first}, second_is={"model": second}, **FEW).tasks
+        for row, other in zip(rows, alone):
+            assert (row.difference, row.low, row.high, row.p) == (other.difference, other.low, other.high, other.p)
+    assert found.sentences()[1].startswith(
+        "both is better than flat on 1 of 1 task, worse on 0, undecided on 0 (p < 0.05"
+    )
+    assert "left out: both with flat: s:two" in "\n".join(found.notes())
+    table = found.table()
+    assert max(map(len, table.splitlines())) <= 100
+    assert "C − B" in table
+    assert json.loads(json.dumps(found.to_dict()))["pairs"][0] == ["deep", "flat"]
+    with pytest.raises(UsageError, match="different ones"):
+        compare_models(tmp_path, ["flat", "flat"])
+    with pytest.raises(UsageError, match="no predictions with"):
+        compare_models(tmp_path, ["flat", "deeper"], **FEW)

@@ -72,7 +72,7 @@ def test_the_page_holds_every_part(shown):
     assert told == {"num_tasks": 8, "num_models": 3, "num_scores": 24 + 15}
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:6] == [
-        "Scores: curiabench-2d", "Scores: toy", "Differences to curia-2", "Learning from few cases",
+        "Scores: curiabench-2d", "Scores: toy", "Every pair of models", "Learning from few cases",
         "Learning from a part of the patients", "Do the probabilities mean what they say?",
     ]  # fmt: skip
     assert set(headings[6:-1]) == {t.id for t in TASKS}

@@ -121,6 +121,75 @@ def test_blocks_agree_with_one_pass(share, positions):
     assert float(functional.cosine_similarity(found.cls, whole.cls)) > 0.97
 
 
+# ---- where it does not matter where a volume is cut: within 1e-3 of one pass
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize(("budget", "overlap"), [(300, 2), (100, 0), (64, 1)])
+def test_a_transformer_that_does_not_look_around(budget, overlap, positions):
+    """Embedding, positions, norms and feed-forward parts are each patch's own; attention is silenced."""
+    model = vit(positions=positions)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    encoder, prepared = Encoder(model, CONTRACT, "vit", patch=PATCH), smooth()
+    whole = encoder.tokens(prepared.image[None])
+    for a, b in zip(encode_chunks(encoder, prepared, budget, overlap), whole):  # class token and registers, too
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_transformer_that_looks_one_patch_far_in_each_block(monkeypatch):
+    """Four blocks look four patches far: what is farther from every cut is that of one pass, what is nearer is not."""
+    seen: dict[str, tuple[int, ...]] = {}
+    rotations = ViT._rotations
+
+    def remember(self, grids, *rest):
+        seen["grid"] = grids[0]
+        return rotations(self, grids, *rest)
+
+    def near(q, k, v):
+        place = torch.stack(torch.meshgrid(*map(torch.arange, seen["grid"]), indexing="ij"), -1).flatten(0, 2)
+        reach = torch.eye(q.shape[2], dtype=torch.bool)
+        reach[3:, 3:] = (place[:, None] - place).abs().amax(-1) <= 1
+        reach[:3] = True  # class token and registers see all; patches do not see them
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=reach)
+
+    monkeypatch.setattr(ViT, "_rotations", remember)
+    monkeypatch.setattr("hilum.encode.vit.attend", near)
+    grid = (4, 5, 24)
+    encoder, prepared = Encoder(vit(), CONTRACT, "vit", patch=PATCH), smooth(grid)
+    whole = encoder.tokens(prepared.image[None])
+    apart = (
+        (encode_chunks(encoder, prepared, 4 * 5 * 14, 4).patches - whole.patches).abs().view(*grid, -1).amax((0, 1, 3))
+    )
+    (_, _, parts) = plan_blocks(grid, 4 * 5 * 14, 4)
+    cuts = [(part.start, part.start + len(part.shares)) for part in parts]
+    assert cuts == [(0, 14), (10, 24)]
+    far = torch.tensor([x + 4 < 14 or x - 4 >= 10 for x in range(24)]) & torch.tensor(
+        [not 10 <= x < 14 for x in range(24)]
+    )
+    assert apart[far].max() < 1e-4
+    assert apart[10:14].min() > 1e-3
+
+
+def test_a_volume_whose_blocks_are_alike(monkeypatch):
+    """A pattern that repeats with the block, no positions, attention that reaches every patch: a block has seen all there is
+    to see. Class token and registers are not attended to: among fewer patches they would weigh more."""
+
+    def all_patches(q, k, v):
+        return functional.scaled_dot_product_attention(q, k[:, :, 3:], v[:, :, 3:])
+
+    monkeypatch.setattr("hilum.encode.vit.attend", all_patches)
+    model = vit(positions="learned")
+    torch.nn.init.zeros_(model.pos_embed[:, 1:])
+    one = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    prepared = PreparedVolume(image=one.repeat(1, 2, 2, 2), affine=np.eye(4), grid=(8, 8, 8), notes=())
+    encoder = Encoder(model, CONTRACT, "vit", patch=PATCH)
+    whole, found = encoder.tokens(prepared.image[None]), encode_chunks(encoder, prepared, 64, 0)
+    for a, b in zip(found, whole):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert float((whole.cls - whole.patches.mean(1)).abs().max()) > 0.1
+
+
 def test_a_block_has_the_positions_of_the_whole():
     """With a network that sees positions only, a block's tokens before attention are those of the whole."""
     for positions in ("rotary", "learned"):

@@ -6,13 +6,15 @@ from itertools import product
 import numpy as np
 import pytest
 
+from hilum.archive.ledger import Entry, write_entries
+from hilum.archive.store.index import index_path, write_index
+from hilum.archive.store.isotropic import IsotropicSettings, read_moments, read_region, resample_store
+from hilum.archive.store.store import Store, open_for_writing, write_header, write_volume
 from hilum.encode.volume_contract import (
     PreparedVolume,
     VolumeContract,
-    body_box,
     budget_shape,
     fit_volume,
-    isotropic_shape,
     prepare_volume,
 )
 from hilum.errors import ContractError
@@ -40,40 +42,6 @@ def body(shape=(30, 40, 44), spacing=(2.0, 1.0, 1.0), seed=0) -> Volume:
 
 
 # ---- the steps
-
-
-@pytest.mark.parametrize("side", [3, 5, 7])
-@pytest.mark.parametrize("shape", [(9, 11, 10), (3, 12, 6), (14, 4, 9)])
-def test_the_box_around_the_patient_is_that_of_dense_counting(shape, side):
-    rng = np.random.default_rng(side)
-    voxels = np.full(shape, -1000)
-    centre = [rng.integers(0, n) for n in shape]
-    near = tuple(slice(max(c - 3, 0), c + 4) for c in centre)
-    voxels[near] = np.where(rng.random(voxels[near].shape) < 0.85, 0, -1000)
-    voxels[rng.random(shape) < 0.05] = -800  # not above
-    reach, kept = side // 2, []
-    for place in np.ndindex(shape):
-        inside = tuple(slice(max(p - reach, 0), p + reach + 1) for p in place)
-        if (voxels[inside] > -800).sum() > side**3 / 2:
-            kept.append(place)
-    if not kept:
-        with pytest.raises(ContractError, match="nothing but air"):
-            body_box(voxels, side)
-        return
-    low, high = np.min(kept, 0), np.max(kept, 0)
-    expected = tuple(slice(max(a - reach, 0), min(b + reach, n - 1) + 1) for a, b, n in zip(low, high, shape))
-    assert body_box(voxels, side) == expected
-
-
-def test_isotropic_sizes():
-    contract = VolumeContract()
-    assert isotropic_shape((100, 512, 512), diagonal(2.5, 0.7, 0.7), contract) == (333, 478, 478)  # 0.75 at least
-    assert isotropic_shape((100, 512, 512), diagonal(2.5, 0.8, 0.8), contract) == (312, 512, 512)  # 312.5: to even
-    assert isotropic_shape((64, 64, 64), diagonal(0.5, 0.5, 0.5), contract) == (64, 64, 64)  # equal: as they are
-    turned = diagonal(0.5, 0.5, 0.5)
-    turned[:3, :3] *= 1 + 1e-7 * np.arange(3)
-    assert isotropic_shape((64, 64, 64), turned, contract) == (64, 64, 64)
-    assert isotropic_shape((64, 64, 64), turned, contract, same=0) == (43, 43, 43)
 
 
 def test_budget_of_patches():
@@ -202,7 +170,6 @@ def test_what_breaks_the_contract():
         (replace(vol, voxels=vol.voxels + 1024), "the values are not HU"),
         (replace(vol, voxels=np.full((12, 12, 12), -1000)), "no HU of a patient"),
         (replace(vol, voxels=np.where(np.arange(27000).reshape(30, 30, 30) % 64, -1000, 40)), "nothing but air"),
-        (body(shape=(2, 40, 44), spacing=(0.9, 1, 1)), "2 slices cannot fill it"),
         (body(shape=(3, 40, 44), spacing=(1.0, 1, 1)), r"3×\d+×\d+ voxels of 1×1×1 mm; expected at least one patch"),
     ):
         with pytest.raises(ContractError, match=message):
@@ -220,3 +187,78 @@ def test_what_breaks_the_contract():
 def test_a_contract_that_cannot_be(changes, message):
     with pytest.raises(ContractError, match=message):
         VolumeContract(**changes)
+
+
+# ---- images without a unit, and what training sees
+
+ANY = replace(SMALL, modalities=("CT", "MR"))
+
+
+def mr(shape=(30, 40, 44), spacing=(2.0, 1.0, 1.0), **changes: object) -> Volume:
+    """The same body as MR: its own unit, not whole numbers, dark air."""
+    vol = body(shape, spacing)
+    return replace(
+        vol, voxels=(vol.voxels + 1000).astype(np.float32) * np.float32(0.37), modality="MR", unit="", **changes
+    )
+
+
+def test_what_has_no_unit_is_normalised_by_the_scan_in_its_box():
+    vol, contract = mr(spacing=(1.0, 1.0, 1.0)), replace(ANY, patch=(1, 1, 1), max_patches=10**9)
+    found = prepare_volume(vol, contract)  # isotropic already: the image is the box, normalised
+    assert any("background cut away" in note for note in found.notes)
+    assert float(found.image.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(found.image.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    louder = prepare_volume(replace(vol, voxels=vol.voxels * 7 + 100), contract)
+    np.testing.assert_allclose(louder.image.numpy(), found.image.numpy(), atol=1e-4)
+
+
+def test_a_contract_for_ct_and_mr_does_to_ct_what_one_for_ct_does():
+    assert np.array_equal(prepare_volume(body(), ANY).image, prepare_volume(body(), SMALL).image)
+    for broken, message in (
+        (replace(body(), unit=""), "CT comes in HU"),
+        (replace(body(), voxels=body().voxels + 1024), "not HU"),
+        (mr(kind="label"), "label map"),
+        (mr(affine=None), "needs the geometry"),
+        (replace(mr(), voxels=np.full((30, 40, 44), 5.0)), "nothing but background"),
+    ):
+        with pytest.raises(ContractError, match=message):
+            prepare_volume(broken, ANY)
+    with pytest.raises(ContractError, match="all values are 5"):
+        prepare_volume(replace(mr(), voxels=np.full((30, 40, 44), 5.0)), replace(ANY, background_px=0))
+
+
+def test_contracts_of_before_keep_their_name():
+    assert VolumeContract().hash == "48a74946cb9bfc21"
+
+
+def test_a_thin_slab_is_taken():
+    slab = body(shape=(2, 40, 44), spacing=(5.0, 1, 1))
+    found = prepare_volume(slab, SMALL)
+    assert found.grid[0] == 2  # 10 mm
+    with pytest.raises(ContractError, match="nothing but air"):
+        fit_volume(slab.voxels, slab.affine, SMALL, [], thin=False)
+
+
+@pytest.mark.parametrize("make", [body, mr])
+@pytest.mark.parametrize("plane", ["SPL", "PIL"])
+def test_training_and_inference_see_the_same_numbers(tmp_path, make, plane):
+    """The region of the derived store against the encoder's input, made of the scan itself."""
+    vol = orient(make((20, 50, 46), (2.5, 0.9, 0.9)), plane)
+    open_for_writing(tmp_path / "plain", {"key": "k"})
+    write_index(index_path(tmp_path / "plain"), [write_volume(tmp_path / "plain", "a" * 16, vol)])
+    write_entries(tmp_path / "plain" / "ledger.parquet", [Entry(key="a" * 16)])
+    write_header(tmp_path / "plain", {"key": "k", "status": "complete"})
+    settings = IsotropicSettings(background_px=5, min_spacing_mm=0.75)
+    resample_store(tmp_path / "plain", tmp_path / "cubes", settings=settings, num_workers=1)
+    store = Store(tmp_path / "cubes")
+    row = store.row("a" * 16)
+    contract = replace(ANY, patch=(1, 1, 1), max_patches=10**9)
+    found = prepare_volume(vol, contract)
+    assert found.grid == row.shape
+    region = read_region(store, "a" * 16, (0, 0, 0), row.shape)
+    mean, std = (contract.mean, contract.std) if row.unit == "HU" else read_moments(store, "a" * 16)
+    trained = (region * row.slope + row.intercept - mean) / std
+    assert row.slope <= std / 400
+    rounded = row.slope + Store(tmp_path / "plain").row("a" * 16).slope * (vol.unit == "")  # MR with fractions: twice
+    np.testing.assert_allclose(trained, found.image[0].numpy(), atol=0.5 * rounded / std + 2e-5)
+    np.testing.assert_allclose(np.array(row.affine).reshape(4, 4), found.affine, atol=1e-9)

@@ -1,12 +1,14 @@
 """Masks: exact counts that follow from the sample number, and where blocks fall."""
 
+import math
+import zlib
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hilum.pretrain.masks import mask_counts, sample_block_mask, sample_mask_counts
+from hilum.pretrain.masks import _block_sides, mask_counts, sample_block_mask, sample_mask_counts
 from hilum.pretrain.recipe import ViewSpec
 from hilum.pretrain.sampling import sample_rng
 
@@ -48,6 +50,15 @@ def test_a_sample_has_its_counts_whatever_batch_it_is_in():
     assert counts[:8] != counts[8:16]
     assert counts != [sample_mask_counts(sample, 256, SPEC, 1) for sample in range(240)]
     assert {len(set(c)) for c in counts} == {1, 2}  # both crops of a slice masked, one, or none
+
+
+def test_masks_of_images_are_those_of_earlier_versions():
+    """Training samples of a recipe stay what they were: the CRC of 300 masks of a version before volumes."""
+    rng, crc = np.random.default_rng(0), 0
+    for number in range(300):
+        center = (0.3, 0.7) if number % 2 else None
+        crc = zlib.crc32(np.packbits(sample_block_mask(rng, (16, 12), number % 190, center)).tobytes(), crc)
+    assert crc == 0x7B756383
 
 
 @pytest.mark.parametrize("center", [None, (0.5, 0.5), (1.8, -0.7)])
@@ -130,3 +141,88 @@ def test_masks_have_the_law_of_the_naive_rule(center):
     assert np.abs(fast.mean(0) - slow.mean(0)).max() < 0.09  # 1.4 % standard error, two points of topping up
     alike = [(m[:, 1:] == m[:, :-1]).mean() for m in (fast, slow)]
     assert alike[0] == pytest.approx(alike[1], abs=0.03)
+
+
+# ---- volumes
+
+
+def naive_cuboid_mask(rng, grid, count, center, sigma):
+    """VoxelFM's rule (facts/voxelfm.md §4) with arrays; the rest drawn by weight, one after the other."""
+    mask, failed, num = np.zeros(grid, bool), 0, math.prod(grid)
+    while (left := count - int(mask.sum())) and failed < 10:
+        failed += 1
+        size = rng.uniform(4, max(4, min(left, 0.5 * num)))
+        tall, deep = np.exp(rng.uniform(np.log(0.3), -np.log(0.3), 2))  # h/w and d/w
+        width = np.cbrt(size / tall / deep)
+        sides = np.rint([deep * width, tall * width, width]).astype(int)
+        if (sides < 1).any() or (sides >= grid).any():
+            continue
+        if center is None:
+            corner = [rng.integers(n - side + 1) for n, side in zip(grid, sides)]
+        else:
+            places = rng.normal(center, sigma)
+            corner = [int(np.clip(round(p * n - s / 2), 0, n - s)) for p, n, s in zip(places, grid, sides)]
+        block = np.zeros(grid, bool)
+        block[tuple(slice(a, a + s) for a, s in zip(corner, sides))] = True
+        if 0 < (block & ~mask).sum() <= left:
+            mask, failed = mask | block, 0
+    free = np.flatnonzero(~mask)
+    weight = np.ones(len(free))
+    if center is not None:
+        at = (np.stack(np.unravel_index(free, grid), 1) + 0.5) / grid
+        weight = np.maximum(np.exp(-((at - center) ** 2).sum(1) / (2 * sigma**2)), 1e-6)
+    mask.flat[rng.choice(free, count - int(mask.sum()), replace=False, p=weight / weight.sum())] = True
+    return mask
+
+
+@pytest.mark.parametrize("center", [None, (0.3, 0.6, 0.8)])
+def test_masks_of_volumes_have_the_law_of_the_naive_rule(center):
+    """How often each patch is hidden, and how many neighbours along each axis agree, over 800 draws of each."""
+    rng, grid = np.random.default_rng(0), (5, 6, 4)
+    fast = np.array([sample_block_mask(rng, grid, 40, center) for _ in range(800)])
+    slow = np.array([naive_cuboid_mask(rng, grid, 40, center, 0.25) for _ in range(800)])
+    assert (fast.sum((1, 2, 3)) == 40).all()
+    assert np.abs(fast.mean(0) - slow.mean(0)).max() < 0.1  # 2.4 % standard error of a difference, 120 patches
+    for axis in (1, 2, 3):
+        alike = [1 - np.abs(np.diff(m.astype(int), axis=axis)).mean() for m in (fast, slow)]
+        assert alike[0] == pytest.approx(alike[1], abs=0.02)
+        assert alike[0] > 0.65  # a scatter of a third gives .56
+
+
+@pytest.mark.parametrize("center", [None, (0.5, 0.2, 0.9), (2.0, -1.0, 0.5)])
+def test_masks_of_volumes_hide_exactly_what_was_asked(center):
+    rng = np.random.default_rng(0)
+    for grid in ((4, 4, 4), (2, 5, 3), (1, 6, 6), (5, 1, 4), (1, 1, 7), (1, 1, 1)):
+        for count in range(math.prod(grid) + 1):
+            mask = sample_block_mask(rng, grid, count, center)
+            assert mask.shape == grid
+            assert int(mask.sum()) == count
+    with pytest.raises(ValueError, match="cannot hide 9 of 8"):
+        sample_block_mask(rng, (2, 2, 2), 9)
+
+
+def test_blocks_of_volumes_are_smaller_than_the_grid_and_at_most_half_of_it():
+    rng, grid = np.random.default_rng(0), (8, 6, 10)
+    drawn = [_block_sides(grid, 400, draw) for draw in rng.random((3000, 6)).tolist()]
+    sides = np.array([s for s in drawn if s])
+    assert len(sides) > 1000
+    assert (sides >= 1).all()
+    assert (sides < grid).all()
+    assert (sides.max(0) == np.array(grid) - 1).all()
+    assert sides.prod(1).max() < 0.75 * 480  # half of it, and rounding
+    small = np.array([s for d in rng.random((500, 6)).tolist() if (s := _block_sides(grid, 6, d))])
+    assert small.prod(1).max() <= 12  # 6 and rounding
+
+
+def test_a_grid_one_patch_thick_is_masked_like_an_image():
+    mask = sample_block_mask(np.random.default_rng(5), (1, 12, 10), 50, (0.5, 0.4, 0.7))
+    assert (mask[0] == sample_block_mask(np.random.default_rng(5), (12, 10), 50, (0.4, 0.7))).all()
+    mask = sample_block_mask(np.random.default_rng(5), (12, 10, 1), 50)
+    assert (mask[..., 0] == sample_block_mask(np.random.default_rng(5), (12, 10), 50)).all()
+
+
+def test_many_crops_hide_as_much_as_voxelfm():
+    """facts/voxelfm.md §4: masked crops 29.9 % in the mean, all 15.0 %; upper edges of many strata come to the same."""
+    shares = np.array(mask_counts(2048, 512, SPEC, sample_rng(0, 0))) / 512
+    assert shares[shares > 0].mean() == pytest.approx(0.299, abs=1e-3)
+    assert shares.mean() == pytest.approx(0.150, abs=1e-3)

@@ -3,65 +3,39 @@
     store.json            written first with status "writing", last with status "complete"
     .work/                while it is being written: a lock, and the plan (what is to be stored, with paths)
     volumes/xx/<key>.b2nd each written atomically
-    index/part-NNNNNN.*   index rows (.arrow) and what became of the scans (.ledger.parquet)
+    index/part-NNNNNN.*   index rows and what became of the scans (`archive.parts`)
     index/index.arrow     all rows, sorted; the parts are then removed
     ledger.parquet        all entries, sorted
 
-A scan counts as done when it stands in a part ledger; anything later is done again, with the same result. Nothing here
-holds the archive in memory: headers, plan, parts and ledger are read and written as streams.
+Nothing here holds the archive in memory: headers, plan, parts and ledger are read and written as streams.
 """
 
-import contextlib
 import heapq
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from hilum.archive.copies import find_copies
-from hilum.archive.intake import crashed, refuse, take_in
+from hilum.archive.intake import refuse, take_in
 from hilum.archive.judge.screening import note_background
-from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_entries, write_sorted
+from hilum.archive.ledger import Entry, count, entries_of, read_entries, write_sorted
 from hilum.archive.locks import hold
+from hilum.archive.parts import Done, drop_parts, drop_remains, fill, parts_of, stop_on_signals
 from hilum.archive.plan import Plan, drop_plan, make_plan, read_plan
 from hilum.archive.policy import AS_IS, Policy
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.scan import MANY_FILES, Listing, examine, walk
-from hilum.archive.store.index import Row, drop_rows, index_path, merge_indexes, read_index, write_index
+from hilum.archive.store.index import drop_rows, index_path, merge_indexes, read_index
 from hilum.archive.store.store import check_header, open_for_writing, volume_path, write_header, write_volume
-from hilum.archive.workers import Crashed, default_num_workers, run, start_server
-from hilum.errors import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    DiskFull,
-    InputError,
-    Interrupted,
-    StoreError,
-)
+from hilum.archive.workers import default_num_workers, start_server
+from hilum.errors import InputError, StoreError
 from hilum.records import merge_tables
 from hilum.settings import to_dict
 from hilum.terminal import Progress
 
 WORK = ".work"  # in the store, until it is complete
-
-# Scans a part: few at first, then a share of what is done, so that a million scans do not make ten thousand parts and a
-# crash never costs more than one hundredth of the work behind it.
-FEWEST_SCANS, MOST_SCANS, PART_SHARE = 64, 1024, 1 / 128
-
-
-@dataclass(frozen=True)
-class Done:
-    """What became of one scan: its entry, and its index row when it is in the store."""
-
-    entry: Entry
-    row: Row | None
 
 
 def prepare(
@@ -105,13 +79,15 @@ def prepare(
         with hold(work / "lock", f"the store {store}"):
             if not _is_complete(store, header):
                 _open(store, header)
-                with _stop_on_signals(store, progress) as go_on:
+                with stop_on_signals(store, progress) as go_on:
                     plan = read_plan(work, archive) or _make_plan(
                         store, listing, key, policy, num_workers, engine, go_on
                     )
-                    _fill(plan, store, policy, num_workers, engine, go_on)
+                    used = (entry for entry in plan.entries() if entry.used)
+                    work_on = partial(_store_scan, store=store, policy=policy)
+                    fill(store, work_on, used, plan.num_used, "storing scans", go_on, num_workers, engine)
                     _finish(plan, store, header, policy)
-            _drop_parts(store)
+            drop_parts(store)
             drop_plan(work)
     counts = count(read_entries(store / "ledger.parquet"))
     return {**counts, "num_volumes": counts["num_used"]}
@@ -131,58 +107,11 @@ def _is_complete(store: Path, header: dict[str, Any]) -> bool:
     return found.get("status") == "complete" and not different
 
 
-class _Stop(BaseException):
-    """Raised between two items after a signal; BaseException, so that nothing mistakes it."""
-
-
-@contextlib.contextmanager
-def _stop_on_signals(store: Path, progress: Progress | None) -> Iterator[Progress]:
-    """Ctrl-C and SIGTERM become Interrupted at the next item; a second one is met as if there were no run.
-
-    yields  `progress`, which also stops the run when it was asked to. The handler itself only remembers: an exception
-            that it raised could land in a destructor, which swallows it, or between two locks of the process pool
-
-    Only in the main thread, where Python allows handlers.
-    """
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def remember(signum: int, frame: FrameType | None) -> None:
-        asked.append(signum)
-        signal.signal(signum, before[signum])
-
-    def go_on(done: int, total: int | None, what: str) -> None:
-        if progress:
-            progress(done, total, what)
-        if asked:
-            raise _Stop
-
-    if threading.current_thread() is threading.main_thread():
-        before |= {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for signum in before:
-            signal.signal(signum, remember)
-        yield go_on
-        if asked:  # after the last item: whoever runs this was asked to stop as well
-            raise _Stop
-    except _Stop:
-        raise Interrupted(
-            f"stopped; {_num_done(store)} scans are done in {store}. Run the same command again to go on from here",
-            EXIT_TERMINATED if asked[0] == signal.SIGTERM else EXIT_INTERRUPTED,
-        ) from None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def _open(store: Path, header: dict[str, Any]) -> None:
     """Begin or continue a store that is locked, and clear away what killed writers left."""
-    for leftover in store.glob(".store.json.*.tmp"):  # of a run killed in its first moment
-        leftover.unlink()
+    drop_remains(store, ".store.json.*.tmp")  # of a run killed in its first moment
     open_for_writing(store, header)
-    for pattern in (".*.tmp", "index/.*.tmp", "volumes/*/.*.tmp", f"{WORK}/.*.tmp"):
-        for leftover in store.glob(pattern):
-            leftover.unlink()
+    drop_remains(store, ".*.tmp", "index/.*.tmp", "volumes/*/.*.tmp", f"{WORK}/.*.tmp")
 
 
 def _make_plan(
@@ -209,44 +138,6 @@ def _make_plan(
             "Prepare it into a new folder once nothing writes to it"
         )
     return plan
-
-
-def _fill(plan: Plan, store: Path, policy: Policy, num_workers: int | None, engine: str, progress: Progress) -> None:
-    """Read and store every scan of the plan that no part holds yet."""
-    part: list[Done] = []
-    part_number, num_done = _num_parts(store), _num_done(store)
-    if plan.num_used - num_done <= 1:
-        num_workers, engine = 1, "local"
-    todo = _without((e for e in plan.entries() if e.used), _keys([_part(store, n)[1] for n in range(part_number)]))
-    work = partial(_store_scan, store=store, policy=policy)
-    try:
-        with closing(run(work, todo, num_workers, engine)) as results:
-            for entry, result in results:
-                num_done += 1
-                part.append(Done(crashed(entry), None) if isinstance(result, Crashed) else result)
-                if len(part) >= min(max(FEWEST_SCANS, int(num_done * PART_SHARE)), MOST_SCANS):
-                    _write_part(store, part_number, part)
-                    part_number, part = part_number + 1, []
-                progress(num_done, plan.num_used, "storing scans")
-    except (_Stop, DiskFull):
-        with contextlib.suppress(DiskFull):
-            _write_part(store, part_number, part)
-        raise
-    _write_part(store, part_number, part)
-
-
-def _without(entries: Iterable[Entry], keys: Iterator[str]) -> Iterator[Entry]:
-    """Entries whose key is not among `keys`; both come in order."""
-    key = next(keys, "")
-    for entry in entries:
-        while key and key < entry.key:
-            key = next(keys, "")
-        if entry.key != key:
-            yield entry
-
-
-def _keys(ledgers: Sequence[Path]) -> Iterator[str]:
-    return (key.as_py() for table in merge_tables(ledgers, ["key"]) for key in table["key"])
 
 
 def _set_aside_short(entry: Entry, min_slices: int) -> Entry:
@@ -276,42 +167,16 @@ def _store_scan(entry: Entry, store: Path, policy: Policy) -> Done:
     return Done(replace(entry, flags=(*entry.flags, *note_background(row.shares))), row)
 
 
-def _part(store: Path, number: int) -> tuple[Path, Path]:
-    """The index rows of a part, and its ledger, whose presence says that the part is whole."""
-    folder = store / "index"
-    return folder / f"part-{number:06d}.arrow", folder / f"part-{number:06d}.ledger.parquet"
-
-
-def _num_parts(store: Path) -> int:
-    return sum(1 for _ in store.glob("index/part-*.ledger.parquet"))
-
-
-def _write_part(store: Path, number: int, done: Sequence[Done]) -> None:
-    if done:
-        index, ledger = _part(store, number)
-        write_index(index, [d.row for d in done if d.row is not None])
-        write_entries(ledger, [d.entry for d in done])
-
-
-def _num_done(store: Path) -> int:
-    return sum(int(pq.read_metadata(_part(store, n)[1]).num_rows) for n in range(_num_parts(store)))
-
-
 def _finish(plan: Plan, store: Path, header: dict[str, Any], policy: Policy) -> None:
     """Join the parts, then say "complete"; the parts go last: a kill between any two steps loses nothing."""
-    parts = [_part(store, n) for n in range(_num_parts(store))]
-    merge_indexes(index_path(store), [index for index, _ in parts])
+    indexes, ledgers = parts_of(store)
+    merge_indexes(index_path(store), indexes)
     copies = find_copies(read_index(index_path(store)), policy)
     if copies.drop:
         drop_rows(index_path(store), copies.drop)
         for key in copies.drop:
             volume_path(store, key).unlink(missing_ok=True)
-    done = (copies.note(e) for table in merge_tables([ledger for _, ledger in parts]) for e in entries_of(table))
+    done = (copies.note(e) for table in merge_tables(ledgers) for e in entries_of(table))
     aside = (entry for entry in plan.entries() if not entry.used)
     write_sorted(store / "ledger.parquet", heapq.merge(aside, done, key=lambda e: e.key))
     write_header(store, {**header, "status": "complete"})
-
-
-def _drop_parts(store: Path) -> None:
-    for path in store.glob("index/part-*"):
-        path.unlink()

@@ -61,6 +61,14 @@ REASONS: dict[str, Reason] = {
         "The direction vectors are not of unit length or not at right angles.",
         "Export the original images; a tool has rounded or overwritten the direction vectors.",
     ),
+    "sheared": _fault(
+        "The axes are not at right angles (gantry tilt), which an isotropic volume needs.",
+        "Prepare the archive again with `--resample tilt`.",
+    ),
+    "no_body": _fault(
+        "Nothing but air or background: no part of the scan is mostly filled.",
+        "Look at it with `hilum inspect`; `--set background_px=0` keeps all of every scan.",
+    ),
     "mixed_orientations": _fault(
         "Nearly every slice has its own orientation: a radial scan, no stack.",
         "Usually a radial scan or a set of reformats; use the series it was made from.",

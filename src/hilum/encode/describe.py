@@ -86,11 +86,20 @@ def _volume_words(c: Mapping[str, Any]) -> tuple[str, ...]:
     if c["background_px"]:
         words.append(f"Air around the patient is cut off (box filter of {c['background_px']} voxels, above -800 HU).")
     patch = "×".join(map(str, c["patch"]))
+    others = any(modality != "CT" for modality in c["modalities"])
+    if others and c["background_px"]:
+        words.append("What has no HU is not cut to a range; its background ends at a threshold of its own.")
+    elif others:
+        words.append("What has no HU is not cut to a range.")
     words += [
         f"It is made isotropic at its smallest spacing, but not finer than {c['min_spacing_mm']:g} mm.",
         f"It is made smaller until it has at most {c['max_patches']:,} patches of {patch} voxels; what is over is cut evenly.",
         f"{c['mean']:g} HU is subtracted; it is divided by {c['std']:g} HU.",
     ]
+    if others:
+        words.append(
+            "What has no HU is normalised by mean and standard deviation of the scan before it is made isotropic."
+        )
     words += [f"{name.replace('_', ' ')}: {value}." for name, value in c.items() if name not in told]
     words.append(f"The vector of a volume is {_POOLED[c['pooling']]}.")
     return tuple(words)

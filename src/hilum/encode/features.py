@@ -166,7 +166,7 @@ def _encode_batch(encoder: Encoder, batch: list[Prepared], how: How, keep: Keep)
         if not bool(torch.isfinite(vectors[n]).all()):
             yield item, _damaged()
             continue
-        own = _kept(patches[n].numpy(), keep) if patches is not None else None
+        own = kept(patches[n].numpy(), keep) if patches is not None else None
         yield item, Part(vectors[n].numpy(), cls[n].numpy(), own, item.slice, item.region)
 
 
@@ -177,7 +177,7 @@ def _encode_volume(
     found, notes = _volume_tokens(encoder, prepared, how)
     pooling = how.pooling or encoder.contract.pooling
     cls = torch.cat([tokens.cls for tokens in found], -1)[0].numpy()
-    patches = _kept(torch.cat([tokens.patches for tokens in found], -1)[0].numpy(), keep) if keep else None
+    patches = kept(torch.cat([tokens.patches for tokens in found], -1)[0].numpy(), keep) if keep else None
     if how.level != "region":
         parts = [Part(_vectors(found, pooling)[0].numpy(), cls, patches)]
     else:
@@ -196,7 +196,7 @@ def _encode_volume(
     return prepared, notes, parts
 
 
-def _kept(patches: NDArray[np.float32], keep: Keep) -> NDArray[Any]:
+def kept(patches: NDArray[Any], keep: Keep) -> NDArray[Any]:
     """Tokens in less precision, unless a value does not fit."""
     return patches.astype(keep or np.float32) if np.abs(patches).max() <= _HALF else patches
 

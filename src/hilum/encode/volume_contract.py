@@ -3,7 +3,6 @@
 Every step keeps the affine, so that a patch token always knows where in the patient it is.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,15 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from hilum.archive.body import (
+    BODY_HU,
+    MAX_SHEAR_DEG,
+    SAME,
+    body_box,
+    body_sides,
+    cut,
+    isotropic_shape,
+    moments,
+    resized,
+)
 from hilum.archive.judge.hounsfield import check_hounsfield
+from hilum.archive.store.content import find_threshold
 from hilum.errors import ContractError
+from hilum.large import each
 from hilum.records import hash_json
 from hilum.settings import to_dict
 from hilum.volume import FloatArray, Volume, orient
-
-BODY_HU = -800.0  # what lies above is patient or table
-MAX_SHEAR_DEG = 0.5
-_SAME = 1e-4  # relative difference of spacings that are one: direction cosines are rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +37,16 @@ class VolumeContract:
     """Input and output of a volume encoder. The steps, in order: orient, clip, crop background, make isotropic, keep within
     the budget, cut to whole patches, normalise.
 
-    modalities         what it may be shown
+    modalities         what it may be shown; CT must be in HU, what has no unit is not clipped
     orientation        patient directions of (Z, Y, X)
     clip_hu            values are cut to this range
-    background_px      cut to the box of what is above −800 HU (a box filter of this many voxels); 0 leaves it out
+    background_px      cut to the box of what is above −800 HU (a box filter of this many voxels); 0 leaves it out. Without
+                       a unit: above the threshold of the anatomy, the filter a cube in mm (`archive.body.body_sides`)
     min_spacing_mm     isotropic at the smallest spacing of the scan, but not finer than this
     max_patches        a volume of more is made smaller
     patch              voxels of a patch along (Z, Y, X); what is over is cut evenly from both ends
-    mean, std          constants of the normalisation, HU
+    mean, std          constants of the normalisation, HU; what has no unit is normalised by mean and standard deviation of the
+                       scan within the box, before it is made isotropic
     pooling            vector of a volume: class token, mean of the patch tokens, or both one after the other
     """
 
@@ -91,7 +101,7 @@ def prepare_volume(vol: Volume, contract: VolumeContract) -> PreparedVolume:
         vol = orient(vol, contract.orientation)
         assert vol.affine is not None
         affine = vol.affine
-    return fit_volume(vol.voxels, affine, contract, notes)
+    return fit_volume(vol.voxels, affine, contract, notes, vol.unit)
 
 
 def check_volume(vol: Volume, contract: VolumeContract) -> FloatArray:
@@ -102,7 +112,7 @@ def check_volume(vol: Volume, contract: VolumeContract) -> FloatArray:
         )
     if vol.kind != "intensity":
         raise ContractError("the encoder takes intensities; found a label map")
-    if vol.unit != "HU":
+    if vol.modality == "CT" and vol.unit != "HU":
         raise ContractError(f"CT comes in HU; found unit '{vol.unit}'")
     if vol.affine is None:
         raise ContractError("the encoder needs the geometry of the scan, and this one has none")
@@ -113,10 +123,11 @@ def check_volume(vol: Volume, contract: VolumeContract) -> FloatArray:
         )
     if vol.voxels.dtype.kind == "f" and not np.isfinite(vol.voxels).all():
         raise ContractError("the scan holds NaN or infinite values; expected finite numbers")
-    check_range(float(vol.voxels.min()), float(vol.voxels.max()))
-    check = check_hounsfield(vol.voxels)
-    if check.verdict == "not_hu":
-        raise ContractError(f"the values are not HU: {check.numbers()}")
+    if vol.unit == "HU":
+        check_range(float(vol.voxels.min()), float(vol.voxels.max()))
+        check = check_hounsfield(vol.voxels)
+        if check.verdict == "not_hu":
+            raise ContractError(f"the values are not HU: {check.numbers()}")
     return vol.affine
 
 
@@ -129,25 +140,38 @@ def check_range(low: float, high: float) -> None:
 
 
 def fit_volume(
-    voxels: NDArray[Any], affine: FloatArray, contract: VolumeContract, notes: list[str], same: float = _SAME
+    voxels: NDArray[Any],
+    affine: FloatArray,
+    contract: VolumeContract,
+    notes: list[str],
+    unit: str = "HU",
+    *,
+    same: float = SAME,
+    thin: bool = True,
 ) -> PreparedVolume:
     """All steps after the orientation.
 
-    voxels  (Z, Y, X) in HU
+    voxels  (Z, Y, X)
     affine  (k, j, i, 1) → millimetres; its column norms are the spacing
     notes   what was done before; what is done here is added
+    unit    of the voxels: "HU", or "" for values that only compare with others of the same scan
     same    spacings that differ by no more than this share are one; 0 as VoxelFM's code
+    thin    whether scans thinner than the box filter are taken (`archive.body.body_box`); False as VoxelFM's code
     """
     if contract.background_px:
-        box = body_box(voxels, contract.background_px)
+        box = _find_body(voxels, affine, contract.background_px, unit, thin)
         if any(s.stop - s.start < n for s, n in zip(box, voxels.shape)):
             shape = "×".join(str(s.stop - s.start) for s in box)
             notes.append(f"background cut away: {shape} of {'×'.join(map(str, voxels.shape))} voxels left")
-        voxels, affine = voxels[box], _shift(affine, [s.start for s in box])
-    image = torch.from_numpy(np.array(voxels, np.float32, order="C")).clamp_(*contract.clip_hu)
-    image, affine = _resize(
-        image, affine, isotropic_shape(image.shape, affine, contract, same), notes, "made isotropic"
-    )
+        voxels, affine = voxels[box], cut(affine, [s.start for s in box])
+    mean, std = (contract.mean, contract.std) if unit == "HU" else moments(each(voxels))
+    if std == 0:
+        raise ContractError(f"all values are {mean:g}; expected an image")
+    image = torch.from_numpy(np.array(voxels, np.float32, order="C"))
+    if unit == "HU":
+        image.clamp_(*contract.clip_hu)
+    cubic = isotropic_shape(image.shape, affine, contract.min_spacing_mm, same=same)
+    image, affine = _resize(image, affine, cubic, notes, "made isotropic")
     smaller = budget_shape(image.shape, contract)
     image, affine = _resize(image, affine, smaller, notes, f"kept within {contract.max_patches:,} patches")
     grid = tuple(n // p for n, p in zip(image.shape, contract.patch))
@@ -158,63 +182,26 @@ def fit_volume(
         )
     start = [(n % p) // 2 for n, p in zip(image.shape, contract.patch)]
     image = image[tuple(slice(s, s + g * p) for s, g, p in zip(start, grid, contract.patch))]
-    affine = _shift(affine, start)
-    token_affine = _shift(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
+    affine = cut(affine, start)
+    token_affine = cut(affine, [(p - 1) / 2 for p in contract.patch])  # the middle of the first patch
     token_affine[:3, :3] *= contract.patch
-    image = (image - contract.mean).div_(contract.std)
+    image = (image - mean).div_(std)
     return PreparedVolume(image=image[None], affine=token_affine, grid=(grid[0], grid[1], grid[2]), notes=tuple(notes))
 
 
-def body_box(voxels: NDArray[Any], side: int) -> tuple[slice, slice, slice]:
-    """Where the patient is: the box around all voxels in whose neighbourhood more than half is above −800 HU, and half a
-    neighbourhood more on every side. The neighbourhood is a cube of `side` voxels; outside the scan is air.
-
-    Counts are sums of whole numbers, one axis at a time, slice by slice: exact, and `side` slices in memory.
-    """
-    reach, least = side // 2, side**3 / 2
-    total = np.zeros(voxels.shape[1:], np.int32)
-    window: deque[NDArray[np.int32]] = deque()
-    along_z = np.zeros(len(voxels), bool)
-    in_plane = np.zeros(voxels.shape[1:], bool)
-    for k in range(len(voxels) + reach):
-        if k < len(voxels):
-            window.append(_box_sum(voxels[k] > BODY_HU, side))
-            total += window[-1]
-        if k - side >= 0:
-            total -= window.popleft()
-        if k >= reach:  # `total` now is of the neighbourhood of slice k − reach
-            kept = total > least
-            along_z[k - reach] = kept.any()
-            in_plane |= kept
-    if not along_z.any():
-        thin = f" (a scan of {len(voxels)} slices cannot fill it)" if min(len(voxels), side) * side**2 <= least else ""
-        raise ContractError(f"nothing but air: no cube of {side} voxels is more than half above {BODY_HU:g} HU{thin}")
-    places = (np.flatnonzero(along_z), *np.nonzero(in_plane))
-    z, y, x = (
-        slice(max(int(at.min()) - reach, 0), min(int(at.max()) + reach + 1, n)) for at, n in zip(places, voxels.shape)
-    )
-    return z, y, x
-
-
-def _box_sum(mask: NDArray[np.bool_], side: int) -> NDArray[np.int32]:
-    """How many of the side × side pixels around each pixel are set; outside are none."""
-    counts = mask.astype(np.int32)
-    for axis in (0, 1):
-        pad = [(0, 0), (0, 0)]
-        pad[axis] = (side // 2 + 1, side // 2)
-        sums = np.pad(counts, pad).cumsum(axis, dtype=np.int32)
-        upper, lower = (slice(side, None), slice(None)), (slice(None, -side), slice(None))
-        counts = sums[upper if axis == 0 else upper[::-1]] - sums[lower if axis == 0 else lower[::-1]]
-    return counts
-
-
-def isotropic_shape(shape: Any, affine: FloatArray, contract: VolumeContract, same: float = _SAME) -> tuple[int, ...]:
-    """round(N·s/t) along each axis with t = max(smallest spacing, min_spacing_mm); equal spacings stay as they are."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if spacing.max() - spacing.min() <= same * spacing.min():
-        return tuple(shape)
-    target = max(float(spacing.min()), contract.min_spacing_mm)
-    return tuple(max(round(n * float(s) / target), 1) for n, s in zip(shape, spacing))
+def _find_body(
+    voxels: NDArray[Any], affine: FloatArray, side: int, unit: str, thin: bool
+) -> tuple[slice, slice, slice]:
+    """The box of the patient; ContractError when there is none."""
+    threshold = BODY_HU if unit == "HU" else find_threshold(each(voxels))
+    sides = body_sides(side, affine, unit)
+    box = body_box(each(voxels), voxels.shape, sides, threshold, thin=thin)
+    if box is None:
+        what = f"no box of {'×'.join(map(str, sides))} voxels is more than half above {threshold:g}"
+        if not thin and min(len(voxels), side) * side**2 <= side**3 / 2:
+            what += f" (a scan of {len(voxels)} slices cannot fill it)"
+        raise ContractError(f"nothing but {'air' if unit == 'HU' else 'background'}: {what} {unit}".rstrip())
+    return box
 
 
 def budget_shape(shape: Any, contract: VolumeContract) -> tuple[int, ...]:
@@ -238,19 +225,10 @@ def _resize(
     """Trilinear, half-pixel centres: voxel i of the result lies at (i + ½)·N/N' − ½ of the image."""
     if tuple(image.shape) == shape or 0 in shape:
         return image, affine
-    ratio = np.array(image.shape) / np.array(shape)
+    old, affine = affine, resized(affine, image.shape, shape)
     image = functional.interpolate(image[None, None], shape, mode="trilinear", align_corners=False)[0, 0]
-    old, affine = affine, _shift(affine, (ratio - 1) / 2)
-    affine[:3, :3] *= ratio
     notes.append(f"{why}: from {_spacing(old)} mm to {_spacing(affine)} mm")
     return image, affine
-
-
-def _shift(affine: FloatArray, start: Any) -> FloatArray:
-    """The affine of a grid whose first voxel is at index `start` of another."""
-    out = affine.copy()
-    out[:3, 3] += affine[:3, :3] @ np.asarray(start, float)
-    return out
 
 
 def _spacing(affine: FloatArray) -> str:

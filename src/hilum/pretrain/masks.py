@@ -19,6 +19,7 @@ Mask = NDArray[np.bool_]
 MIN_BLOCK = 4  # patches; DINOv2's smallest mask block
 BLOCK_ASPECT = (0.3, 1 / 0.3)  # and its range of height/width
 BLOCK_TRIES = 10
+_LOG_LOW, _LOG_HIGH = math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1])
 
 
 def mask_counts(num_crops: int, num_patches: int, spec: ViewSpec, rng: np.random.Generator) -> list[int]:
@@ -46,74 +47,99 @@ def _group_counts(group: int, num_patches: int, spec: ViewSpec, seed: int) -> li
 
 def sample_block_mask(
     rng: np.random.Generator,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     count: int,
-    center: tuple[float, float] | None = None,
+    center: tuple[float, ...] | None = None,
     sigma: float = 0.25,
 ) -> Mask:
     """Hide exactly `count` patches, in blocks, topped up by single patches.
 
-    grid     (rows, columns) of patches
-    center   (y, x) in fractions of the crop around which blocks fall (Gaussian, `sigma` in the same unit); None places
-             them uniformly, as DINOv2 does
+    grid     patches along (Y, X) or (Z, Y, X)
+    center   (y, x) or (z, y, x) in fractions of the crop around which blocks fall (Gaussian, `sigma` in the same unit); None
+             places them uniformly, as DINOv2 does
 
-    A block hides at least one and at most as many more patches as are missing; after ten that do not, single ones follow.
+    A block hides at least one and at most as many more patches as are missing; after ten that do not, single ones follow. A
+    grid of volumes that is one patch thick is masked as the image it is.
     """
-    rows, columns = grid
-    if not 0 <= count <= rows * columns:
-        raise ValueError(f"cannot hide {count} of {rows * columns} patches")
+    num = math.prod(grid)
+    if not 0 <= count <= num:
+        raise ValueError(f"cannot hide {count} of {num} patches")
+    if len(grid) == 3 and 1 in grid:
+        thin = grid.index(1)
+        rest = None if center is None else center[:thin] + center[thin + 1 :]
+        return sample_block_mask(rng, grid[:thin] + grid[thin + 1 :], count, rest, sigma).reshape(grid)
     hidden, missing, failed = 0, count, 0
-    columns_of, draws = _first_columns(rows, columns), _block_draws(rng, center, sigma)
-    log_low, log_high = math.log(BLOCK_ASPECT[0]), math.log(BLOCK_ASPECT[1])
+    axes, runs, draws = range(len(grid)), _runs(grid), _block_draws(rng, len(grid), center, sigma)
     while missing and failed < BLOCK_TRIES:
         failed += 1
-        a, b, y, x = next(draws)
-        area = MIN_BLOCK + a * max(missing - MIN_BLOCK, 0)
-        aspect = math.exp(log_low + b * (log_high - log_low))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (0 < height <= rows and 0 < width <= columns):
+        draw = next(draws)
+        sides = _block_sides(grid, missing, draw)
+        if not sides:
             continue
-        if center is None:
-            top, left = int(y * (rows - height + 1)), int(x * (columns - width + 1))
-        else:
-            top = min(max(round(y * rows - height / 2), 0), rows - height)
-            left = min(max(round(x * columns - width / 2), 0), columns - width)
-        block = ((1 << width) - 1) * columns_of[height] << (top * columns + left)
+        block = 1
+        for axis in axes:
+            side, free, place = sides[axis], grid[axis] - sides[axis], draw[axis - len(grid)]
+            guided = min(max(round(place * grid[axis] - side / 2), 0), free)
+            first = guided if center else int(place * (free + 1))
+            stride, bits = runs[axis]
+            block = block * bits[side] << first * stride
         new = (block & ~hidden).bit_count()
         if 0 < new <= missing:
             hidden, missing, failed = hidden | block, missing - new, 0
-    packed = np.frombuffer(hidden.to_bytes(-(-rows * columns // 8), "little"), np.uint8)
-    mask = np.unpackbits(packed, count=rows * columns, bitorder="little").astype(bool)
+    packed = np.frombuffer(hidden.to_bytes(-(-num // 8), "little"), np.uint8)
+    mask = np.unpackbits(packed, count=num, bitorder="little").astype(bool)
     if missing:
-        free = np.flatnonzero(~mask)
-        waiting = rng.exponential(size=len(free)) / _prior(grid, free, center, sigma)  # the first to ring are drawn
-        mask[free[np.argpartition(waiting, missing - 1)[:missing]]] = True
+        free_patches = np.flatnonzero(~mask)
+        waiting = rng.exponential(size=len(free_patches)) / _prior(grid, free_patches, center, sigma)
+        mask[free_patches[np.argpartition(waiting, missing - 1)[:missing]]] = True  # the first to ring are drawn
     return mask.reshape(grid)
 
 
+def _block_sides(grid: tuple[int, ...], missing: int, draw: list[float]) -> tuple[int, ...] | None:
+    """Sides of a block, or None where it does not fit.
+
+    An image (DINOv2): an area U(4, missing), height/width log-uniform. A volume (VoxelFM): U(4, min(missing, half of all)),
+    height/width and depth/width log-uniform, each side smaller than the grid's.
+    """
+    if len(grid) == 2:
+        area = MIN_BLOCK + draw[0] * max(missing - MIN_BLOCK, 0)
+        aspect = math.exp(_LOG_LOW + draw[1] * (_LOG_HIGH - _LOG_LOW))
+        sides: tuple[int, ...] = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        return sides if 0 < sides[0] <= grid[0] and 0 < sides[1] <= grid[1] else None
+    size = MIN_BLOCK + draw[0] * max(min(missing, math.prod(grid) / 2) - MIN_BLOCK, 0)
+    tall, deep = (math.exp(_LOG_LOW + d * (_LOG_HIGH - _LOG_LOW)) for d in draw[1:3])
+    width = (size / (tall * deep)) ** (1 / 3)
+    sides = round(deep * width), round(tall * width), round(width)
+    return sides if all(0 < side < n for side, n in zip(sides, grid)) else None
+
+
 @lru_cache(maxsize=64)
-def _first_columns(rows: int, columns: int) -> list[int]:
-    """For each height, the bits of a block of that height and width 1 at the upper left."""
-    return [sum(1 << (columns * row) for row in range(height)) for height in range(rows + 1)]
+def _runs(grid: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+    """For each axis its stride in bits and, for each length, the bits of a run along it that begins at the first patch."""
+    strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
+    return [
+        (stride, [sum(1 << (stride * at) for at in range(length)) for length in range(n + 1)])
+        for n, stride in zip(grid, strides)
+    ]
 
 
 def _block_draws(
-    rng: np.random.Generator, center: tuple[float, float] | None, sigma: float
-) -> Iterator[tuple[float, float, float, float]]:
-    """Endless (area, aspect, y, x): the first two uniform, places uniform or Gaussian about a centre. Drawn by the dozen."""
+    rng: np.random.Generator, axes: int, center: tuple[float, ...] | None, sigma: float
+) -> Iterator[list[float]]:
+    """Endless (size, aspects, places): the first two uniform, places uniform or Gaussian about a centre. Drawn by the dozen."""
     while True:
-        draws = rng.random((48, 4))
+        draws = rng.random((48, 2 * axes))
         if center is not None:
-            draws[:, 2:] = rng.normal(center, sigma, (48, 2))
+            draws[:, axes:] = rng.normal(center, sigma, (48, axes))
         yield from draws.tolist()
 
 
 def _prior(
-    grid: tuple[int, int], free: NDArray[np.intp], center: tuple[float, float] | None, sigma: float
+    grid: tuple[int, ...], free: NDArray[np.intp], center: tuple[float, ...] | None, sigma: float
 ) -> NDArray[np.float64]:
     """Weight of each free patch under the Gaussian, floored so that a far anatomy still leaves a choice."""
     if center is None:
         return np.ones(len(free))
-    y = (free // grid[1] + 0.5) / grid[0] - center[0]
-    x = (free % grid[1] + 0.5) / grid[1] - center[1]
-    return np.asarray(np.maximum(np.exp(-(y**2 + x**2) / (2 * sigma**2)), 1e-6))
+    places = np.unravel_index(free, grid)
+    squares = [((at + 0.5) / n - middle) ** 2 for at, n, middle in zip(places, grid, center)]
+    return np.asarray(np.maximum(np.exp(-sum(squares[1:], squares[0]) / (2 * sigma**2)), 1e-6))

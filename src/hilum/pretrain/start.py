@@ -2,7 +2,8 @@
 
 A run folder gives its teacher, the heads too where they fit; anything else (`encode/released/weights.py`) gives a backbone.
 Student and teacher start equal. Learned positions are interpolated to the grid of the recipe, as the transformer itself
-does when it is shown an image of that size; every other difference is refused, never bent.
+does when it is shown an image of that size; weights of slices are inflated for volumes (`encode/inflate.py`); every other
+difference is refused, never bent.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hilum.encode.inflate import inflate
 from hilum.encode.released.weights import Weights, account, read_weights
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import interpolate_positions
@@ -109,6 +111,9 @@ def read_start(path: str | Path) -> Start:
 def fit_backbone(weights: Weights, config: ViTConfig) -> tuple[dict[str, Tensor], list[str]]:
     """The weights for a transformer of this config, and what was changed. UsageError lists the settings that differ."""
     given = weights.config
+    if len(given.patch) < len(config.patch):
+        sides = ["×".join(map(str, patch)) for patch in (given.patch, config.patch)]
+        return inflate(weights.state, given, config), [f"inflated from patches of {sides[0]} to {sides[1]}"]
     wrong = [(n, getattr(given, n)) for n in _SHARED if getattr(given, n) != getattr(config, n)]
     if bool(given.layer_scale) != bool(config.layer_scale):
         wrong.append(("layer_scale", given.layer_scale))
@@ -125,7 +130,7 @@ def fit_backbone(weights: Weights, config: ViTConfig) -> tuple[dict[str, Tensor]
     table = state["pos_embed"]
     state["pos_embed"] = torch.cat([table[:, :1], interpolate_positions(table[:, 1:], given, config.grid)], 1)
     sides = ["×".join(map(str, grid)) for grid in (given.grid, config.grid)]
-    how = "bicubic, antialiased" if given.antialias else "bicubic"
+    how = "trilinear" if len(given.grid) == 3 else "bicubic, antialiased" if given.antialias else "bicubic"
     return state, [f"positions interpolated from {sides[0]} to {sides[1]} ({how})"]
 
 

@@ -1,6 +1,6 @@
 """What only views of volumes need; the rest of their settings is `recipe.ViewSpec`'s.
 
-VoxelFM's paper (arXiv 2604.04133) and its public code differ in places: both are named here, and the presets `voxelfm` (code) and
+VoxelFM's paper (arXiv 2604.04133) and its public code differ in places: both are named here, and the presets `voxelfm` and
 `voxelfm-paper` choose.
 """
 

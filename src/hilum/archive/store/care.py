@@ -41,14 +41,27 @@ def merge(stores: Sequence[str | Path], out: str | Path, *, progress: Progress |
     opened, out = [Store(s) for s in stores], Path(out)
     if any(out.resolve() == s.root.resolve() for s in opened):
         raise UsageError(f"{out} is one of the stores to merge; choose a new folder, or use hilum store append")
+    derived = _same_making(opened)
     num_same = _check_mergeable(opened)
-    header = {"key": opened[0].header.get("key"), "merged": [s.hash for s in opened]}
+    header = {"key": opened[0].header.get("key"), "merged": [s.hash for s in opened], **derived}
     open_for_writing(out, header)
     if check_header(out).get("status") != "complete":
         _join(opened, out, progress)
         write_header(out, {**header, "status": "complete"})
     num_volumes = len(Store(out))
     return {"num_volumes": num_volumes, "num_new": num_volumes - len(opened[0]), "num_same": num_same}
+
+
+def _same_making(stores: Sequence[Store]) -> dict[str, Any]:
+    """What the header of the joined store says of how derived stores were made. StoreError when not all were made alike."""
+    made = [dict(store.header.get("derived") or {}) for store in stores]
+    sources = [record.pop("source_hash", None) for record in made]
+    if any(record != made[0] for record in made):
+        raise StoreError(
+            "some of the stores are plain and others derived (hilum resample), or with other settings. Merge the plain ones "
+            "and resample the result"
+        )
+    return {"derived": {**made[0], "source_hash": sources[0] if len(set(sources)) == 1 else sources}} if made[0] else {}
 
 
 def append(
@@ -70,6 +83,10 @@ def append(
     looked for within the new archive, not between it and the store.
     """
     opened, key = Store(store), key or read_key()
+    if "derived" in opened.header:
+        raise StoreError(
+            f"{opened.root} was made from another store; append to that one and make it again (hilum resample)"
+        )
     if opened.header.get("key") != key.fingerprint:
         raise StoreError(
             f"{opened.root} was made with key {opened.header.get('key')}, yours is {key.fingerprint}: the same patient "

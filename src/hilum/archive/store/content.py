@@ -97,11 +97,20 @@ def measure_content(vol: Volume) -> Content:
 
 def measure_slices(slices: Iterable[NDArray[np.generic]], unit: str) -> Content:
     """Find the anatomy in slices (Y, X) of one volume, given one after the other."""
-    means = np.stack([shrink(s, 2 * GRID) for s in slices])
+    means = _means(slices)
     threshold = CT_AIR_HU if unit == "HU" else foreground_threshold(means)
     anatomy = ~outside(means > threshold)
     share = anatomy.reshape(len(anatomy), GRID, 2, GRID, 2).mean((2, 4), dtype=np.float32)
     return Content(cells=np.rint(share * 255).astype(np.uint8), threshold=float(threshold))
+
+
+def find_threshold(slices: Iterable[NDArray[np.generic]]) -> float:
+    """The `foreground_threshold` of a volume without a physical unit, from the means that `measure_slices` looks at."""
+    return foreground_threshold(_means(slices))
+
+
+def _means(slices: Iterable[NDArray[np.generic]]) -> NDArray[np.float32]:
+    return np.stack([shrink(s, 2 * GRID) for s in slices])
 
 
 def outside(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

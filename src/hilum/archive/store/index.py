@@ -43,7 +43,7 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Row:
-    """One volume of the index; see INDEX_SCHEMA for units."""
+    """One volume of the index; see INDEX_SCHEMA for units. What writing the volume shows is empty before."""
 
     key: str
     patient: str
@@ -52,17 +52,17 @@ class Row:
     unit: str
     plane: str
     region: str
-    shape: tuple[int, int, int]
     affine: tuple[float, ...] | None
     slope: float
     intercept: float
     exact: bool
-    threshold: float
-    foreground: bytes
     look_hash: int
-    pixel_hash: str
-    checksum: str
-    bytes: int
+    shape: tuple[int, int, int] = (0, 0, 0)
+    threshold: float = 0.0
+    foreground: bytes = b""
+    pixel_hash: str = ""
+    checksum: str = ""
+    bytes: int = 0
 
     @property
     def shares(self) -> NDArray[np.float64]:

@@ -17,8 +17,10 @@ into floats. Chunks of four slices change crops by 0 to +16 % and slices by 0 to
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hilum import large
-from hilum.archive.store.content import SliceContent, measure_slices, pack_cells, unpack_cells
+from hilum.archive.store.content import Content, SliceContent, measure_slices, pack_cells, unpack_cells
 from hilum.archive.store.index import Row, index_path, read_index
 from hilum.errors import InputError, StoreError
 from hilum.large import each, gather
@@ -79,6 +81,15 @@ def hash_pixels(stored: NDArray[np.int16], slope: float, intercept: float) -> st
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How voxels lie in a file: the chunks that are read at once, the blocks that are decoded at once, and Blosc2's filter."""
+
+    chunks: tuple[int, int, int]
+    blocks: tuple[int, int, int]
+    filter: blosc2.Filter
+
+
 def write_volume(
     root: Path,
     key: str,
@@ -95,9 +106,31 @@ def write_volume(
     The content is measured on the stored numbers, so that it can be checked later.
     """
     stored, slope, intercept, exact = quantise(vol.voxels)
+    _, y, x = stored.shape
+    affine = None if vol.affine is None else tuple(vol.affine.ravel().tolist())
+    row = Row(key=key, patient=patient, study=study, modality=vol.modality, unit=vol.unit, plane=plane, region=region,
+              affine=affine, slope=slope, intercept=intercept, exact=exact, look_hash=look_hash)  # fmt: skip
     content = measure_slices((restore(s, slope, intercept) for s in each(stored)), vol.unit)
-    z, y, x = stored.shape
-    path = volume_path(root, key)
+    layout = Layout((1, y, x), (1, min(y, BLOCK), min(x, BLOCK)), blosc2.Filter.BITSHUFFLE)
+    return write_stored(root, row, stored, content, layout)
+
+
+def write_stored(
+    root: Path,
+    row: Row,
+    stored: NDArray[np.int16],
+    content: Content,
+    layout: Layout,
+    meta: Mapping[str, bytes] | None = None,
+) -> Row:
+    """Write the stored numbers (Z, Y, X) of one volume atomically.
+
+    row      what is known of it; shape, threshold, foreground, hashes and size are filled in
+    content  of its slices
+    meta     more that is kept with the volume
+    returns  the whole row
+    """
+    path = volume_path(root, row.key)
     with write_atomic(path) as temporary:
         # Each slice that is added to a file costs a dozen calls of the system: compressed in memory, it is one at the end.
         at_once = stored.nbytes <= 2 * large.LIMIT_BYTES  # half of that, compressed
@@ -106,32 +139,23 @@ def write_volume(
             np.int16,
             urlpath=None if at_once else str(temporary),
             mode="w",
-            chunks=(1, y, x),
-            blocks=(1, min(y, BLOCK), min(x, BLOCK)),
-            cparams={"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
-            meta={"content": pack_cells(content.cells)},
+            chunks=layout.chunks,
+            blocks=layout.blocks,
+            cparams={"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": [layout.filter], "nthreads": 1},
+            meta={"content": pack_cells(content.cells), **(meta or {})},
         )
-        for k, one in enumerate(each(stored)):
-            array[k] = np.ascontiguousarray(one)
+        source, depth = each(stored), layout.chunks[0]
+        for k in range(0, len(stored), depth):
+            array[k : k + depth] = np.stack([np.array(s) for s in islice(source, depth)])
         if at_once:
             array.save(str(temporary), mode="w")
-    return Row(
-        key=key,
-        patient=patient,
-        study=study,
-        modality=vol.modality,
-        unit=vol.unit,
-        plane=plane,
-        region=region,
+    z, y, x = stored.shape
+    return replace(
+        row,
         shape=(z, y, x),
-        affine=None if vol.affine is None else tuple(vol.affine.ravel().tolist()),
-        slope=slope,
-        intercept=intercept,
-        exact=exact,
         threshold=float(np.float32(content.threshold)),
         foreground=content.foreground.tobytes(),
-        look_hash=look_hash,
-        pixel_hash=hash_pixels(stored, slope, intercept),
+        pixel_hash=hash_pixels(stored, row.slope, row.intercept),
         checksum=hash_file(path),
         bytes=path.stat().st_size,
     )
@@ -170,7 +194,8 @@ class Store:
         self.root = Path(root)
         self.header = check_header(self.root)
         if self.header.get("status") != "complete":
-            raise StoreError(f"{self.root} is not finished; run the same hilum prepare command again to complete it")
+            command = "resample" if "derived" in self.header else "prepare"
+            raise StoreError(f"{self.root} is not finished; run the same hilum {command} command again to complete it")
         self.rows = read_index(index_path(self.root))
         self.row = lru_cache(maxsize=4096)(self._find)
 

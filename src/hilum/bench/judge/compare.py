@@ -109,7 +109,7 @@ class Comparison:
         rows = []
         for t in self.tasks:
             difference = f"{t.difference:+.3f} ({t.low:+.3f}, {t.high:+.3f})"
-            tests = [_p(t.p), _p(t.p_holm), *[_p(t.p_delong)] * delong]
+            tests = [p_text(t.p), p_text(t.p_holm), *[p_text(t.p_delong)] * delong]
             rows.append([t.task, *[t.setting] * setting, t.metric, t.first, t.second, difference, *tests, t.num_cases])
         table = format_table([*columns, "cases"], rows, whole=("A − B (95 %)", "p", "Holm", "DeLong"))
         return f"A: {self.first}\nB: {self.second}\n\n{table}"
@@ -254,15 +254,20 @@ def _delong_p(metric: str, columns: list[list[tuple[Array, Array]]], patients: A
     return None if math.isnan(p_value) else p_value
 
 
+def correct_together(rows: Sequence[TaskComparison]) -> list[TaskComparison]:
+    """The rows with `p_holm` and `better` after Holm's correction for all of them."""
+    corrected = []
+    for row, p_holm in zip(rows, holm([row.p for row in rows]).tolist()):
+        ahead = (row.difference > 0) == METRICS[row.metric].higher_is_better
+        side: Literal["first", "second"] = "first" if ahead else "second"
+        corrected.append(replace(row, p_holm=p_holm, better=side if p_holm < ALPHA else ""))
+    return corrected
+
+
 def _summary(
     rows: list[tuple[TaskComparison, Array]], first: str, second: str, left_out: list[str], num_resamples: int
 ) -> Comparison:
-    corrected = holm([row.p for row, _ in rows])
-    tasks = []
-    for (row, _), p_holm in zip(rows, corrected.tolist()):
-        ahead = (row.difference > 0) == METRICS[row.metric].higher_is_better
-        side: Literal["first", "second"] = "first" if ahead else "second"
-        tasks.append(TaskComparison(**asdict(row) | {"p_holm": p_holm, "better": side if p_holm < ALPHA else ""}))
+    tasks = correct_together([row for row, _ in rows])
     ranks = mean_ranks(
         [[row.first, row.second] for row, _ in rows],
         [drawn for _, drawn in rows],
@@ -353,7 +358,8 @@ def _named_metric(table: pa.Table) -> str | None:
     return str(metric) if metric else None
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """A p value in few letters."""
     if value is None or math.isnan(value):
         return "–"
     return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")

@@ -1,13 +1,13 @@
-"""The part of the benchmark's page that compares models: paired differences to one of them, and mean ranks."""
+"""The part of the benchmark's page that compares models: paired differences, and mean ranks."""
 
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 
-from hilum.bench.judge.compare import TaskComparison, compare_results
+from hilum.bench.judge.compare import TaskComparison, compare_results, correct_together
 from hilum.bench.judge.runs import read_runs
 from hilum.bench.report.pictures import Line, forest
 from hilum.bench.report.results import FULL, Entry, Results
@@ -15,23 +15,33 @@ from hilum.bench.report.tables import IN_UNITS
 from hilum.errors import InputError, UsageError
 from hilum.metrics import METRICS
 from hilum.pages import Page
-from hilum.stats import MeanRank, bootstrap_many, holm, mean_ranks
+from hilum.stats import MeanRank, bootstrap_many, mean_ranks
 from hilum.terminal import Progress
 
-ALPHA = 0.05
+MOST_PAIRED = 4  # models; of more, pairs are too many to read
+MOST_PANELS = 12  # in one figure
+Pair = tuple[str, str]  # method, the one that is subtracted
 
 
 def add_differences(page: Page, found: Results, reference: str | None, progress: Progress | None = None) -> None:
-    """Each other model minus the reference, on the same cases. UsageError for a reference that is not there."""
+    """Models against each other on the same cases: every pair of up to MOST_PAIRED models, else each other one minus the
+    reference (the first). UsageError for a reference that is not there."""
     methods = list(dict.fromkeys(e.method for e in found.entries if e.protocol == FULL))
     if reference is not None and reference not in methods:
         raise UsageError(f"no model '{reference}' in these results; there are: {', '.join(methods)}")
     if len(methods) < 2:
         return
-    chosen = reference or methods[0]
-    rows, not_compared = _compare_all(found, [m for m in methods if m != chosen], chosen, progress)
+    by_pairs = reference is None and 3 <= len(methods) <= MOST_PAIRED
+    if by_pairs:
+        joined = {name for name, about in found.record["models"].items() if "joined" in about["contract_is"]}
+        methods.sort(key=lambda method: any(e.model in joined for e in found.entries if e.method == method))  # last
+        pairs, heading = [(b, a) for a, b in combinations(methods, 2)], "Every pair of models"
+    else:
+        chosen = reference or methods[0]
+        pairs, heading = [(m, chosen) for m in methods if m != chosen], f"Differences to {chosen}"
+    rows, not_compared = _compare_all(found, pairs, progress)
     page.section(
-        f"Differences to {chosen}",
+        heading,
         "Same cases, same resampled patients for both models. p: patients' predictions exchanged between the models "
         f"(permutation); Holm: corrected for all {len(rows)} comparisons of this table, so that at most 5 % of such tables "
         "hold a false claim.",
@@ -40,62 +50,76 @@ def add_differences(page: Page, found: Results, reference: str | None, progress:
         page.note(f"Not compared: {sentence}.")
     if not rows:
         return
-    _draw(page, rows, chosen)
+    (_draw_tasks if by_pairs else _draw)(page, rows)
     table = []
-    for method, r in rows:
+    for (method, other), r in rows:
         verdict = {"first": "better", "second": "worse", "": "undecided"}[r.better]
         delong = "" if r.p_delong is None else _p(r.p_delong)
-        table.append([method, r.task, r.metric, f"{r.difference:+.3f}", f"{r.low:+.3f} to {r.high:+.3f}", _p(r.p), delong,
-                      _p(r.p_holm), verdict])  # fmt: skip
-    page.table(["model", "task", "metric", "difference", "95 % interval", "p", "DeLong", "Holm", "verdict"], table)
+        table.append([*[method, other][: 1 + by_pairs], r.task, r.metric, f"{r.difference:+.3f}",
+                      f"{r.low:+.3f} to {r.high:+.3f}", _p(r.p), delong, _p(r.p_holm), verdict])  # fmt: skip
+    columns = ["task", "metric", "difference", "95 % interval", "p", "DeLong", "Holm", "verdict"]
+    page.table([*["model", "minus"][: 1 + by_pairs], *columns], table)
     _add_ranks(page, found, methods)
 
 
 def _compare_all(
-    found: Results, methods: Sequence[str], reference: str, progress: Progress | None
-) -> tuple[list[tuple[str, TaskComparison]], list[str]]:
-    """Every shared task of every method, Holm over all of them; and why a task is not among them."""
+    found: Results, pairs: Sequence[Pair], progress: Progress | None
+) -> tuple[list[tuple[Pair, TaskComparison]], list[str]]:
+    """Every shared task of every pair, Holm over all of them; and why a task is not among them."""
     rows, not_compared = [], []
     resamples = int(found.record["settings"].get("num_resamples", 10_000))
-    theirs = {e.task: e for e in found.entries if e.method == reference and e.protocol == FULL}
-    ours = [e for m in methods for e in found.entries if e.method == m and e.protocol == FULL and e.task in theirs]
-    for done, e in enumerate(ours, 1):
+    entries = {(e.method, e.task): e for e in found.entries if e.protocol == FULL}
+    wanted = [
+        (pair, entries[pair[0], task], entries[pair[1], task])
+        for pair in pairs
+        for task in dict.fromkeys(task for _, task in entries)
+        if (pair[0], task) in entries and (pair[1], task) in entries
+    ]
+    for done, (pair, ours, theirs) in enumerate(wanted, 1):
         try:
             told = compare_results(
-                found.folder, first_is=_is(e), second_is=_is(theirs[e.task]), num_resamples=resamples, seed=0
+                found.folder, first_is=_is(ours), second_is=_is(theirs), num_resamples=resamples, seed=0
             )
-            rows += [(e.method, row) for row in told.tasks]
+            rows += [(pair, row) for row in told.tasks]
         except InputError as error:  # one patient only, or different cases: the other tasks go on
-            not_compared.append(f"{e.task}: {error}")
+            not_compared.append(f"{ours.task}: {error}")
         if progress:
-            progress(done, len(ours), f"comparing with {reference}")
-    corrected = holm([row.p for _, row in rows])
-    made = []
-    for (method, row), p in zip(rows, corrected.tolist()):
-        ahead = (row.difference > 0) == METRICS[row.metric].higher_is_better
-        made.append((method, replace(row, p_holm=p, better=("first" if ahead else "second") if p < ALPHA else "")))
-    return made, not_compared
+            progress(done, len(wanted), "comparing models")
+    corrected = correct_together([row for _, row in rows])
+    return [(pair, row) for (pair, _), row in zip(rows, corrected)], not_compared
 
 
 def _is(e: Entry) -> dict[str, str]:
     return {name: getattr(e, name) for name in ("task", "model", "features", "head", "protocol")}
 
 
-def _draw(page: Page, rows: Sequence[tuple[str, TaskComparison]], reference: str) -> None:
+def _draw(page: Page, rows: Sequence[tuple[Pair, TaskComparison]]) -> None:
     """One panel a model; quantities in mm or years stay in the table, their axis is another."""
     panels = []
-    for method in dict.fromkeys(m for m, _ in rows):
-        lines = [
-            Line(name=r.task.partition(":")[2], value=r.difference, low=r.low, high=r.high, strong=bool(r.better))
-            for m, r in rows
-            if m == method and r.metric not in IN_UNITS
-        ]
+    for pair in dict.fromkeys(pair for pair, _ in rows):
+        lines = [_line(r.task.partition(":")[2], r) for p, r in rows if p == pair and r.metric not in IN_UNITS]
         if lines:
-            panels.append((f"{method} minus {reference}", "difference of shares; right: better", 0.0, lines))
+            panels.append((f"{pair[0]} minus {pair[1]}", "difference of shares; right: better", 0.0, lines))
     if panels:
         page.figure(
             forest(panels), "Filled: different after Holm's correction. Scores in mm or years are in the table only."
         )
+
+
+def _draw_tasks(page: Page, rows: Sequence[tuple[Pair, TaskComparison]]) -> None:
+    """One panel a task, a row a pair."""
+    panels = []
+    for task in dict.fromkeys(r.task for _, r in rows):
+        some = [(pair, r) for pair, r in rows if r.task == task]
+        better = "right" if METRICS[some[0][1].metric].higher_is_better else "left"
+        lines = [_line(f"{pair[0]} − {pair[1]}", r) for pair, r in some]
+        panels.append((task.partition(":")[2], f"difference in {some[0][1].metric}; {better}: better", 0.0, lines))
+    for first in range(0, len(panels), MOST_PANELS):
+        page.figure(forest(panels[first : first + MOST_PANELS]), "Filled: different after Holm's correction.")
+
+
+def _line(name: str, r: TaskComparison) -> Line:
+    return Line(name=name, value=r.difference, low=r.low, high=r.high, strong=bool(r.better))
 
 
 def _add_ranks(page: Page, found: Results, methods: Sequence[str]) -> None:

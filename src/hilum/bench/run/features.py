@@ -2,14 +2,14 @@
 
 FOLDER/<model>-<weights>-<contract>/
     vectors-*.parquet   key, cls, mean, max, weights, reason: a row a case
-    tokens/KEY.b2nd     patch tokens, for heads that want them (`hilum.encode.table.patches`)
+    tokens/KEY.b2nd     patch tokens, for heads that want them (`hilum.encode.table.patches`); of volumes one file a scan
 
 The key of a case is the hash of what was encoded: the content of its files, its slices and region, how many slices are taken.
 Change a file and only its cases are encoded again. Run it again after any interruption.
 
 A slice encoder sees a volume slice by slice; class token and mean are averaged over slices (Curia-2: slice models on 3D tasks:
 "features averaged over the volume"), of the maximum the largest is kept. A region of several slices likewise, over the slices
-that it touches.
+that it touches. A volume encoder sees each scan once, whatever is asked of it: all its regions are pooled from the same tokens.
 """
 
 import itertools
@@ -22,15 +22,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.task import Case, Task
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
-from hilum.encode.features import Encoded, encode_scans, save_patches
+from hilum.encode.features import Encoded, encode_scans, kept, save_patches
 from hilum.encode.grids import chosen_slices, region_weights, volume_region_weights
 from hilum.encode.items import How, Scan
+from hilum.encode.pooling import pool
+from hilum.encode.regions import check_same_grid
+from hilum.encode.vit import Tokens
 from hilum.errors import ContractError, HilumError, InputError, UsageError
 from hilum.probe.heads.tokens import TokenFile, TokenSequence
 from hilum.records import hash_json, read_table, write_table
@@ -50,7 +54,9 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),  # why the case was refused; "" when it was not
     ]
 )
+_ALL = "class+mean+max"
 Vector = NDArray[np.float32]
+_NOTHING: Vector = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class FeatureCache:
         todo: dict[str, Case] = {}
         for key, case in zip(keys, cases):
             row = known.get(key)
-            if row is None or (tokens and not row.reason and not self._token_path(key).is_file()):
+            if row is None or (tokens and not row.reason and not self._token_path(key, case).is_file()):
                 todo[key] = case
         what = f"features of {self.encoder.name}, {task.id}"
         shard: list[tuple[str, Vectors]] = []
@@ -159,7 +165,7 @@ class FeatureCache:
                 shard, written = [], time.monotonic()
             if progress:
                 progress(done, len(todo), what)
-        paths = [self._token_path(key) if tokens else None for key in keys]
+        paths = [self._token_path(key, case) if tokens else None for key, case in zip(keys, cases)]
         return CaseFeatures(keys=keys, rows=[known[key] for key in keys], tokens=paths, contract=self.encoder.contract)
 
     def key(self, task: Task, case: Case) -> str:
@@ -170,11 +176,16 @@ class FeatureCache:
         if region is not None:
             source = region.source and (self.reader.content(region.source), region.source.form, region.source.series)
             within = [source, region.values, region.box]
-        scan = [self.reader.content(case.scan), case.scan.form, case.scan.series, case.modality]
-        return hash_json([1, scan, case.slices, within, None if dense else self.max_slices])
+        return hash_json([1, self._scan(case), case.slices, within, None if dense else self.max_slices])
 
-    def _token_path(self, key: str) -> Path:
-        return self.place / "tokens" / f"{key}.b2nd"
+    def _scan(self, case: Case) -> list[Any]:
+        """What tells the voxels of a case from others."""
+        return [self.reader.content(case.scan), case.scan.form, case.scan.series, case.modality]
+
+    def _token_path(self, key: str, case: Case) -> Path:
+        """Of a slice encoder the tokens of the case, of a volume encoder those of its whole scan."""
+        name = key if isinstance(self.encoder.contract, Contract) else hash_json(["scan", *self._scan(case)])
+        return self.place / "tokens" / f"{name}.b2nd"
 
     def _read(self) -> dict[str, Vectors]:
         if self._known is None:
@@ -199,10 +210,12 @@ class FeatureCache:
 
     def _encode(self, todo: dict[str, Case], *, region: bool, tokens: bool) -> Iterator[tuple[str, Vectors]]:
         """Each case as it is done. Its scans follow one another, named by key."""
+        if not isinstance(self.encoder.contract, Contract):
+            yield from self._encode_volumes(todo, region=region, tokens=tokens)
+            return
         how = How(
             level="region" if region and any(c.region for c in todo.values()) else "slice",
-            pooling="class+mean+max",
-            max_patches=self.max_patches,
+            pooling=_ALL,
         )
         weights: dict[str, list[Vector]] = {}
 
@@ -217,15 +230,58 @@ class FeatureCache:
         keep = np.float16 if tokens else None
         found = encode_scans(self.encoder, scans(), how, self.batch_size, num_threads=self.num_threads, keep=keep)
         for key, group in itertools.groupby(found, key=lambda one: one.scan.series):
-            yield key, self._gather(key, list(group), weights.pop(key), tokens)
+            yield key, self._gather(key, todo[key], list(group), weights.pop(key), tokens)
+
+    def _encode_volumes(self, todo: dict[str, Case], *, region: bool, tokens: bool) -> Iterator[tuple[str, Vectors]]:
+        """Cases of a volume encoder, those of one scan together: the scan is encoded once and its tokens serve all of them."""
+        scans: dict[str, dict[str, Case]] = {}
+        for key, case in todo.items():
+            scans.setdefault(hash_json(self._scan(case)), {})[key] = case
+
+        def volumes() -> Iterator[Scan]:
+            for name, cases in scans.items():
+                case = next(iter(cases.values()))
+                try:
+                    yield Scan(name, "", "", self.reader.volume(case))
+                except HilumError as error:
+                    yield Scan(name, "", "", None, reason=plain_reason(error, case))
+
+        pooled = region and any(case.region is not None for case in todo.values())
+        how = How(level="volume", pooling=_ALL, max_patches=self.max_patches)
+        keep = np.float32 if pooled else np.float16 if tokens else None
+        for found in encode_scans(self.encoder, volumes(), how, 1, num_threads=self.num_threads, keep=keep):
+            cases = scans[found.scan.series]
+            if tokens and not found.reason:
+                key, case = next(iter(cases.items()))
+                self._save(key, case, found)
+            for key, case in cases.items():
+                inside = case.region if region else None
+                yield key, self._of_volume(found, case) if inside else _row([found], _NOTHING)
+
+    def _of_volume(self, found: Encoded, case: Case) -> Vectors:
+        """The region of a case, pooled from the tokens of its scan."""
+        if found.reason:
+            return _refused(found.reason)
+        try:
+            mask = self.reader.region(case, found.scan.image)
+            check_same_grid(found.scan.image, mask)
+        except HilumError as error:
+            return _refused(plain_reason(error, case))
+        (part,), (k, j, i), affine = found.parts, found.grid, found.affine
+        assert affine is not None
+        assert part.patches is not None
+        share = volume_region_weights(mask, affine, (k, j, i)).get(1)
+        if share is None:
+            return _refused("contract: the mask covers no token of the volume; expected at least one voxel inside")
+        cls, patches = torch.from_numpy(part.cls)[None], torch.from_numpy(part.patches)[None]
+        pooled = pool(Tokens(cls, cls[:, :0], patches), "mean+max", share[None])[0].numpy()
+        mean, largest = np.split(pooled, 2)
+        return Vectors({"class": part.cls, "mean": mean, "max": largest}, share.numpy())
 
     def _scans(self, key: str, case: Case, region: bool, weights: list[Vector]) -> Iterator[Scan]:
-        """A case without a region is one scan, of a region a scan a slice."""
+        """Slices of a case: without a region they are one scan, of a region a scan each."""
         vol = self.reader.volume(case)
         mask = self.reader.region(case, vol) if region and case.region is not None else None
-        if not isinstance(self.encoder.contract, Contract):
-            yield Scan(key, "", "", vol, mask)
-            return
         if mask is None:
             chosen = case.slices or chosen_slices(vol.shape[0], self.max_slices if region else None)
             yield Scan(key, "", "", take_slices(vol, chosen))
@@ -242,32 +298,39 @@ class FeatureCache:
         if not seen:
             raise ContractError("the region lies outside of what the model sees of its slices; expected a voxel inside")
 
-    def _gather(self, key: str, group: list[Encoded], weights: list[Vector], tokens: bool) -> Vectors:
-        """The parts of a case as one row."""
-        nothing = np.zeros(0, np.float32)
-        if reason := next((one.reason for one in group if one.reason), ""):
-            return Vectors(dict.fromkeys(PARTS, nothing), nothing, reason)
-        parts = [part for one in group for part in one.parts]
-        cls = np.stack([part.cls for part in parts])
-        rest = np.stack([part.vector for part in parts])
-        rest = rest[:, cls.shape[1] if parts[0].region is None else 0 :]
-        mean, largest = np.split(rest, 2, axis=1)
-        made = {
-            "class": cls.mean(0, dtype=np.float64), "mean": mean.mean(0, dtype=np.float64), "max": largest.max(0)
-        }  # fmt: skip
-        share = np.concatenate(weights) if weights else nothing
-        if tokens:
-            first = group[0]
-            if first.affine is not None and first.scan.mask is not None:
-                i, j, k = first.grid
-                share = volume_region_weights(first.scan.mask, first.affine, (i, j, k))[1].numpy()
-            facts = {
-                "model": self.encoder.name,
-                "contract": self.encoder.contract.hash,
-                "weights": self.encoder.weights_hash,
-            }
-            save_patches(self._token_path(key), _joined(group), self.encoder, facts | {"layer": "last", "series": key})
-        return Vectors({name: vector.astype(np.float32) for name, vector in made.items()}, share)
+    def _gather(self, key: str, case: Case, group: list[Encoded], weights: list[Vector], tokens: bool) -> Vectors:
+        """The slices of a case as one row."""
+        row = _row(group, np.concatenate(weights) if weights else _NOTHING)
+        if tokens and not row.reason:
+            self._save(key, case, _joined(group))
+        return row
+
+    def _save(self, key: str, case: Case, found: Encoded) -> None:
+        """Patch tokens as a side file, float16 where they fit."""
+        parts = [replace(part, patches=kept(np.asarray(part.patches), np.float16)) for part in found.parts]
+        encoder = self.encoder
+        facts = {"model": encoder.name, "contract": encoder.contract.hash, "weights": encoder.weights_hash}
+        path = self._token_path(key, case)
+        save_patches(path, replace(found, parts=parts), encoder, facts | {"layer": "last", "series": path.stem})
+
+
+def _row(group: list[Encoded], weights: Vector) -> Vectors:
+    """Scans or slices of a case as one row."""
+    if reason := next((one.reason for one in group if one.reason), ""):
+        return _refused(reason)
+    parts = [part for one in group for part in one.parts]
+    cls = np.stack([part.cls for part in parts])
+    rest = np.stack([part.vector for part in parts])
+    rest = rest[:, cls.shape[1] if parts[0].region is None else 0 :]
+    mean, largest = np.split(rest, 2, axis=1)
+    made = {
+        "class": cls.mean(0, dtype=np.float64), "mean": mean.mean(0, dtype=np.float64), "max": largest.max(0)
+    }  # fmt: skip
+    return Vectors({name: vector.astype(np.float32) for name, vector in made.items()}, weights)
+
+
+def _refused(reason: str) -> Vectors:
+    return Vectors(dict.fromkeys(PARTS, _NOTHING), _NOTHING, reason)
 
 
 def plain_reason(error: HilumError, case: Case) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hilum.bench.predictions import SCHEMA
 from hilum.bench.run.features import CaseFeatures
+from hilum.bench.run.joined import JoinedFeatures
 from hilum.bench.run.protocols import TOKEN_FEATURES, Trial
 from hilum.bench.run.retrieval import recalls
 from hilum.bench.run.scans import CaseReader
@@ -65,7 +66,7 @@ class Material:
     patients: list[str]
     splits: list[str]
     targets: list[tuple[float, ...]]
-    features: CaseFeatures
+    features: CaseFeatures | JoinedFeatures
     truth: "LabelMaps"
     contents: list[str]
     eraser: ConceptEraser | None = None

@@ -25,6 +25,7 @@ from hilum.bench.predictions import write_predictions
 from hilum.bench.run.erasing import with_eraser
 from hilum.bench.run.features import CaseFeatures, FeatureCache, check_unit
 from hilum.bench.run.fitting import LabelMaps, Material, Names, fit_trials
+from hilum.bench.run.joined import JoinedCache, JoinedEncoder, JoinedFeatures, join_models
 from hilum.bench.run.protocols import (
     TOKEN_FEATURES,
     applies,
@@ -39,8 +40,8 @@ from hilum.bench.run.scores import write_scores
 from hilum.bench.run.suites import Asked, open_task
 from hilum.bench.splits import hash_case, write_split
 from hilum.bench.task import Case, Found, Task
-from hilum.encode.contract import Contract
 from hilum.encode.encoder import Encoder
+from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.zoo import load_encoder
 from hilum.errors import HilumError, InputError, UsageError
 from hilum.records import hash_json, machine, read_json, read_table, table_metadata, versions, write_json
@@ -79,6 +80,10 @@ class BenchSettings:
             raise UsageError("seeds, draws and resamples must be at least 1")
 
 
+AnyEncoder = Encoder | JoinedEncoder
+AnyCache = FeatureCache | JoinedCache
+AnyFeatures = CaseFeatures | JoinedFeatures
+
 _DENSE = ("segmentation", "localisation")
 
 # A folder of results may grow in these: other models, tasks, protocols and heads are other files.
@@ -103,7 +108,7 @@ def run_bench(
 
     tasks    from `hilum.bench.run.suites.choose_tasks`
     models   names that `hilum.encode.zoo.load_encoder` takes: folders, released models, pixels, random:FOLDER; LABEL=NAME
-             calls it LABEL in files and tables
+             calls it LABEL in files and tables; A+B joins the vectors of two labels (`hilum.bench.run.joined`)
     data     folder of the data sets
 
     InputError when cases are missing or refused and `allow_missing` is off: nothing is left out silently.
@@ -112,13 +117,20 @@ def run_bench(
     bench = _Bench(Path(data), Path(out), settings or BenchSettings(), key or read_key(), progress)
     opened = [bench.open_task(asked) for asked in tasks]
     opened.sort(key=lambda pair: pair[0].kind not in _DENSE)  # their tokens give the vectors of others, too
-    for name in models:
+    caches: dict[str, FeatureCache] = {}
+    for name in sorted(models, key=lambda name: "+" in split_label(name)[1]):  # what joins others comes after them
         label, source = split_label(name)
+        if joined := join_models(label, source, caches):
+            bench.note_model(source, joined.encoder)
+            for task, found in opened:
+                bench.run_task(task, found, joined, str(joined.encoder.device))
+            continue
         encoder = load_encoder(source, device=device, precision=precision, seed=bench.settings.seed)
         encoder.name = label or encoder.name
         cache = FeatureCache(
             bench.out / "features", encoder, bench.settings.max_slices, batch_size, num_threads, bench.reader
         )
+        caches[encoder.name] = cache
         bench.note_model(source, encoder)
         for task, found in opened:
             bench.run_task(task, found, cache, str(encoder.device))
@@ -176,7 +188,7 @@ class _Bench:
         self.write_record()
         return task, found
 
-    def note_model(self, name: str, encoder: Encoder) -> None:
+    def note_model(self, name: str, encoder: AnyEncoder) -> None:
         """UsageError when results of another encoder bear this name: files, tables and figures know models by name."""
         now = {"weights": encoder.weights_hash, "contract": encoder.contract.hash, "precision": encoder.precision}
         known = self.record["models"].get(encoder.name, now)
@@ -190,18 +202,26 @@ class _Bench:
             "contract": encoder.contract.hash,
             "contract_is": to_dict(encoder.contract),
             "precision": encoder.precision,
-            "random": name.startswith("random:"),
+            "random": self._is_random(name, encoder),
         }
         self.write_record()
 
-    def run_task(self, task: Task, found: Found, cache: FeatureCache, device: str) -> None:
+    def _is_random(self, name: str, encoder: AnyEncoder) -> bool:
+        """Of models that are joined: all of them."""
+        if isinstance(encoder, Encoder):
+            return name.startswith("random:")
+        return all(self.record["models"][part.name]["random"] for part in encoder.parts)
+
+    def run_task(self, task: Task, found: Found, cache: AnyCache, device: str) -> None:
         """All protocols and heads of one task on one encoder."""
         encoder = cache.encoder
         self.record["left_out"] = [
             row for row in self.record["left_out"] if (row["task"], row["model"]) != (task.id, encoder.name)
         ]
+        joined = isinstance(encoder, JoinedEncoder)
         try:
-            check_unit(task, encoder)
+            for part in encoder.parts if isinstance(encoder, JoinedEncoder) else (encoder,):
+                check_unit(task, part)
         except UsageError as error:
             self._leave_out(task, encoder, str(error), len(found.cases))
             return
@@ -211,15 +231,22 @@ class _Bench:
             if applies(protocol, task)
             for features, head in heads_of(protocol, task, self.settings.heads)
         ]
+        if joined and (on_tokens := [one for one in wanted if one[1] == TOKEN_FEATURES]):
+            for protocol, _, head in on_tokens:
+                reason = f"{head}, {protocol}: a head on patch tokens; joined models have vectors only"
+                self._leave_out(task, encoder, reason, 0)
+            wanted = [one for one in wanted if one not in on_tokens]
         for most in dict.fromkeys(patches_at_once(protocol) for protocol, _, _ in wanted):
-            if most and isinstance(encoder.contract, Contract):
-                self._leave_out(task, encoder, "encodes slices; the protocol chunked is of encoders of volumes", 0)
+            if most and not isinstance(encoder.contract, VolumeContract):
+                what = "joins models" if joined else "encodes slices"
+                self._leave_out(task, encoder, f"{what}; the protocol chunked is of encoders of volumes", 0)
                 continue
             some = [one for one in wanted if patches_at_once(one[0]) == most]
-            self._run_heads(task, found, replace(cache, max_patches=most) if most else cache, some, device)
+            in_blocks = replace(cache, max_patches=most) if most and isinstance(cache, FeatureCache) else cache
+            self._run_heads(task, found, in_blocks, some, device)
 
     def _run_heads(
-        self, task: Task, found: Found, cache: FeatureCache, wanted: Sequence[tuple[str, str, str]], device: str
+        self, task: Task, found: Found, cache: AnyCache, wanted: Sequence[tuple[str, str, str]], device: str
     ) -> None:
         """(protocol, features, head) of one task, on one cache."""
         encoder = cache.encoder
@@ -237,12 +264,12 @@ class _Bench:
             )  # fmt: skip
             self._predict(material, names, encoder, device, nuisances)
 
-    def _pooling(self, task: Task, encoder: Encoder) -> str:
+    def _pooling(self, task: Task, encoder: AnyEncoder) -> str:
         if self.settings.features:
             return self.settings.features
         return "mean" if task.unit == "region" else encoder.contract.pooling
 
-    def _leave_out(self, task: Task, encoder: Encoder, reason: str, cases: int) -> None:
+    def _leave_out(self, task: Task, encoder: AnyEncoder, reason: str, cases: int) -> None:
         self.record["left_out"].append({"task": task.id, "model": encoder.name, "cases": cases, "reason": reason})
         self.write_record()
 
@@ -253,7 +280,7 @@ class _Bench:
         self.record["left_out"].append(row | {"unscored": True})
 
     def _material(
-        self, task: Task, found: Found, features: CaseFeatures, encoder: Encoder
+        self, task: Task, found: Found, features: AnyFeatures, encoder: AnyEncoder
     ) -> tuple[Material, list[Case]]:
         """Cases that have features. InputError when some were refused, unless that is allowed."""
         refused = Counter(reason for reason in features.reasons if reason)
@@ -299,7 +326,7 @@ class _Bench:
         return float(x), float(y), float(z)
 
     def _predict(
-        self, material: Material, names: Names, encoder: Encoder, device: str, nuisances: list[Nuisances]
+        self, material: Material, names: Names, encoder: AnyEncoder, device: str, nuisances: list[Nuisances]
     ) -> None:
         """Fit one head by one protocol, unless its predictions are there. `nuisances` of each case, for `erased`."""
         task, settings = material.task, self.settings

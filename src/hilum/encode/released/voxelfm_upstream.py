@@ -11,6 +11,7 @@ included. `hilum.encode.volume_contract.prepare_volume` is the corrected way. Wh
     orientation   never turned: a NIfTI array is transposed from (x, y, z) to (z, y, x), so left and right, front and back
                   depend on how the file was written; a .npy array is taken as (z, y, x) with 1 mm
     isotropic     only spacings that are equal to the last bit count as isotropic
+    background    a scan of less than half the filter's cube is nothing but air to it
     refused       pixels that are not square (NIfTI, .mhd), a minimum of 800 HU or more, a maximum of −100 HU or less
 """
 
@@ -73,7 +74,8 @@ def prepare_upstream(path: str | Path, contract: VolumeContract) -> PreparedVolu
     """The encoder's input as VoxelFM's code makes it. The affine leads to the axes of the array in mm, not to the patient."""
     found = read_upstream(path)
     affine = np.diag([*found.spacing_mm, 1.0])
-    return fit_volume(found.voxels, affine, replace(contract, clip_hu=(-np.inf, np.inf)), ["as VoxelFM's code"], same=0)
+    unclipped, notes = replace(contract, clip_hu=(-np.inf, np.inf)), ["as VoxelFM's code"]
+    return fit_volume(found.voxels, affine, unclipped, notes, same=0, thin=False)
 
 
 def compare_upstream(path: str | Path, encoder: Encoder) -> dict[str, Any]:
