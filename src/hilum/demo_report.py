@@ -23,7 +23,7 @@ from hilum.encode.table.sources import read_mask_table
 from hilum.encode.zoo import open_folder
 from hilum.pages import Page
 from hilum.pretrain.loader import Slices
-from hilum.pretrain.loop import contract_of, read_lines
+from hilum.pretrain.loop import read_lines, training_samples
 from hilum.pretrain.masks import sample_block_mask
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.sampling import sample_rng
@@ -179,7 +179,8 @@ def _add_slices(page: Page, examples: Sequence[Example]) -> None:
 
 def _add_views(page: Page, store: Store, recipe: Recipe) -> None:
     spec = recipe.views
-    slices = Slices(store, recipe, contract_of(recipe))
+    slices = training_samples(store, recipe)
+    assert isinstance(slices, Slices)
     shown: list[tuple[NDArray[Any], str, list[Box], list[Box], list[NDArray[Any]]]] = []
     for sample in range(recipe.run.batch_size):
         drawn = slices.draw(sample)

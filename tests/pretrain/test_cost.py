@@ -48,6 +48,18 @@ def test_flops_of_the_table(name):
     assert sum(count * tokens for count, tokens in crop_tokens(plain)) == 850
 
 
+@pytest.mark.parametrize(("drop_path", "total"), [(0.0, 1.395), (0.1, 1.286)])
+def test_flops_of_voxelfm(drop_path, total):
+    """TFLOP of a volume with 2 crops of 112³ and 8 of 56³, half of the crops masked at 10 to 50 %."""
+    masks = ["views.mask_probability=0.5", "views.mask_ratio=[0.1, 0.5]", f"model.drop_path={drop_path}"]
+    cubes = override(RECIPES["voxelfm-paper"], masks)
+    assert flops_per_image(cubes).total / 1e12 == pytest.approx(total, abs=0.0006)
+    assert crop_tokens(cubes) == [(2, 517), (8, 69)]
+    long = override(RECIPES["voxelfm"], [f"model.drop_path={drop_path}"])  # long shapes with about as many patches
+    assert flops_per_image(long).total == pytest.approx(flops_per_image(cubes).total, rel=0.01)
+    assert backbone_parameters(long.model) == 110_029_536  # the released encoder's
+
+
 def test_a_teacher_that_is_asked_for_part_of_the_run_counts_for_that_part():
     plain = flops_per_image(RECIPES["curia2-b"])
     late = flops_per_image(override(RECIPES["curia2-b"], ["objective.handover=0.25"]))
@@ -95,7 +107,7 @@ def test_flops_against_torchs_counter(base):
     assert counter.get_total_flops() / 4 == pytest.approx(flops_per_image(recipe).total, rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "curia2-b", "curia2-g"])
+@pytest.mark.parametrize("name", ["tiny", "small", "curia2-b", "curia2-g", "small3d", "voxelfm", "curia2-3d"])
 def test_parameters_are_those_of_the_module(name):
     recipe = override(RECIPES[name], ["model.num_registers=3"])
     with torch.device("meta"):

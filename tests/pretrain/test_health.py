@@ -19,7 +19,7 @@ from hilum.pretrain.watch.health import (
     probe_health,
     update_ratio,
 )  # fmt: skip
-from hilum.pretrain.watch.monitor import read_samples
+from hilum.pretrain.watch.samples import read_samples
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -214,7 +214,7 @@ def test_gram_crops_are_the_global_ones_unchanged(store_path, small):
 
 def test_a_device_is_sent_slices_and_numbers_and_makes_the_same_pixels(store_path, small, slices, monkeypatch):
     """With the workers told to leave the pixels to the device, which is this processor."""
-    monkeypatch.setattr(loader, "_rendered_by_workers", lambda device: False)
+    monkeypatch.setattr(loader, "_rendered_by_workers", lambda *_: False)
     other = make_slices(store_path, with_run(small["lejepa, patches"], steps=3, num_workers=1))
     assert all(equal(a, slices[step]) for step, a in enumerate(batches(other, 0)))
 

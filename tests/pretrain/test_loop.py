@@ -81,6 +81,20 @@ def test_ten_and_ten_steps_are_twenty(small, store_path, tmp_path, name):
     assert [line["step"] for line in numbers(tmp_path / "whole")] == list(range(20))
 
 
+@pytest.mark.parametrize("name", ["3d, lejepa", "3d, dino"])
+def test_volumes_resume_as_exactly(small, volume_stores, tmp_path, name):
+    pretrain(small[name], volume_stores / "iso", tmp_path / "whole")
+    for after in (3, 7):  # before the first checkpoint, and after it
+        with pytest.raises(Stop):
+            pretrain(small[name], volume_stores / "iso", tmp_path / "parts", progress=stop_after(after))
+    pretrain(small[name], volume_stores / "iso", tmp_path / "parts")
+    same_end(tmp_path / "whole", tmp_path / "parts")
+    found = numbers(tmp_path / "whole")
+    assert [line["step"] for line in found] == list(range(10))
+    assert ("patch_invariance" in found[0]) == (name == "3d, lejepa")
+    assert "grad_ibot_head" not in found[0]  # lejepa has none, and here dino shares one
+
+
 def test_bf16_resumes_as_exactly(small, store_path, tmp_path):
     recipe = replace(small["lejepa"], run=replace(small["lejepa"].run, precision="bf16", steps=8, checkpoint_every=4))
     pretrain(recipe, store_path, tmp_path / "whole")

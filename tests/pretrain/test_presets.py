@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 
 from hilum.errors import UsageError
-from hilum.pretrain.describe import describe, format_list, format_recipe, last_change, leaves, show, what_differs
+from hilum.pretrain.describe import (
+    NOT_IN_3D,
+    describe,
+    format_list,
+    format_recipe,
+    last_change,
+    leaves,
+    show,
+    what_differs,
+)
 from hilum.pretrain.origins import SETTINGS, Change, Origin
 from hilum.pretrain.presets import PRESETS, RECIPES, apply, find_base, load_recipe
 from hilum.pretrain.recipe import Recipe
@@ -158,7 +167,9 @@ def test_a_page_shows_every_setting_within_its_width(name):
     text = format_recipe(RECIPES[name], name)
     assert all(len(line) <= 100 for line in text.splitlines())
     rows = {line.split()[0] for line in text.splitlines() if line.strip()}
-    assert {setting.rpartition(".")[2] for setting in SETTINGS} <= rows
+    read = [n for n in SETTINGS if (n not in NOT_IN_3D if RECIPES[name].is_3d else not n.startswith("volumes."))]
+    assert {setting.rpartition(".")[2] for setting in read} <= rows
+    assert ("min_share" in rows) == RECIPES[name].is_3d
     if PRESETS[name].base:
         assert f"It differs from {PRESETS[name].base} in:" in text
 

@@ -228,6 +228,20 @@ def test_two_ranks_then_one(small, plain, spawn, scenarios, store_path, tmp_path
     same_numbers(tmp_path / "parts", tmp_path / "whole", 1e-5)
 
 
+@pytest.mark.nightly
+def test_volumes_on_two_ranks(small, spawn, scenarios, volume_stores, tmp_path):
+    """The same shapes, volumes and masks on one rank and on two; killed and resumed bit for bit."""
+    recipe = make(small["3d, dino"], steps=8, batch_norm=False)
+    store = volume_stores / "iso"
+    pretrain(recipe, store, tmp_path / "one")
+    codes, said = spawn(2, scenarios.train_and_kill, store, recipe, tmp_path / "parts", 6)
+    assert codes == [-signal.SIGKILL, 3], "\n".join(said)
+    codes, said = spawn(2, scenarios.train, store, [(recipe, tmp_path / "parts"), (recipe, tmp_path / "whole")])
+    assert codes == [0, 0], "\n".join(said)
+    same_numbers(tmp_path / "parts", tmp_path / "whole", 0)
+    same_numbers(tmp_path / "one", tmp_path / "whole", 1e-4)
+
+
 def test_killed_while_a_checkpoint_is_written(plain, spawn, scenarios, store_path, tmp_path):
     """The one before stays the newest; what was begun is cleared away."""
     codes, said = spawn(2, scenarios.train_and_kill_in_save, store_path, plain, tmp_path / "parts", 8)

@@ -85,8 +85,8 @@ def test_what_would_end_a_run_later_is_refused_at_once():
             override(RECIPES["tiny"], settings)
 
 
-def test_views_are_two_dimensional():
-    with pytest.raises(UsageError, match="views are 2D, so the patch has two sides"):
+def test_crops_of_volumes_are_whole_patches():
+    with pytest.raises(UsageError, match=r"volumes\.shapes: \(56, 56, 56\) is no multiple of the patch \(8, 16, 16\)"):
         Recipe(name="x", model=ViTConfig(patch=(8, 16, 16), image=(32, 256, 256)), run=Run())
 
 

@@ -232,12 +232,14 @@ def model_name(folder: Path) -> str:
 
 def _card(model: ViT, contract: AnyContract, facts: dict[str, Any]) -> str:
     num_parameters = sum(p.numel() for p in model.parameters())
+    kinds = " and ".join(contract.modalities)
+    shown = "slices" if isinstance(contract, Contract) else "volumes"
     lines = [f"- {name}: {value}" for name, value in {**to_dict(contract), **facts}.items()]
     return "\n".join(
         [
             f"# hilum encoder {facts.get('recipe', '')}",
             "",
-            f"A vision transformer of {num_parameters / 1e6:.1f} M parameters for slices of CT and MR. Research use only.",
+            f"A vision transformer of {num_parameters / 1e6:.1f} M parameters for {shown} of {kinds}. Research use only.",
             "",
             f"Contract {contract.hash}:",
             "",

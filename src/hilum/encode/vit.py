@@ -245,13 +245,20 @@ class ViT(nn.Module):
         return 1 + self.config.num_registers
 
     def reset_parameters(self) -> None:
-        """DINOv2: linear and position weights truncated normal .02, class token 1e-6, biases and mask token zero."""
+        """DINOv2: linear and position weights truncated normal .02, class token 1e-6, biases and mask token zero.
+
+        Rotary positions add nothing to the class, register and mask tokens, and the first LayerNorm divides by their deviation:
+        near zero their gradient is a thousand times all others. They begin at .02 there (DINOv3: class token and registers).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        nn.init.normal_(self.registers, std=1e-6)
+        std = 1e-6 if self.config.positions == "learned" else 0.02
+        nn.init.normal_(self.cls_token, std=std)
+        nn.init.normal_(self.registers, std=std)
+        if self.config.positions == "rotary":
+            nn.init.normal_(self.mask_token, std=std)
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

@@ -18,7 +18,7 @@ CLASS_TARGET_BYTES = 12  # of one class token: kernel, targets, their sum over v
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one slice with all its views: student forward and backward, teacher forward, heads of both."""
+    """Of one slice or volume with all its views: student forward and backward, teacher forward, heads of both."""
 
     student: float
     teacher: float
@@ -57,23 +57,30 @@ class Memory:
         return self.state + self.activations + self.heads
 
 
+def crop_patches(recipe: Recipe) -> tuple[float, float]:
+    """Patches of a global and of a local crop; in 3D the mean over the shapes that steps draw."""
+    if recipe.is_3d:
+        patch = recipe.model.patch
+        return recipe.volumes.mean_patches(patch, 0), recipe.volumes.mean_patches(patch, 1)
+    return num_patches(recipe, recipe.views.global_px), num_patches(recipe, recipe.views.local_px)
+
+
 def num_patches(recipe: Recipe, px: int) -> int:
+    """Of a square crop of a slice."""
     return math.prod(px // side for side in recipe.model.patch)
 
 
-def crop_tokens(recipe: Recipe) -> list[tuple[int, int]]:
-    """(crops of one slice, tokens of each): the global ones, then the local ones."""
+def crop_tokens(recipe: Recipe) -> list[tuple[int, float]]:
+    """(crops of one slice or volume, tokens of each): the global ones, then the local ones."""
     prefix, views = 1 + recipe.model.num_registers, recipe.views
-    return [
-        (views.num_global, num_patches(recipe, views.global_px) + prefix),
-        (views.num_local, num_patches(recipe, views.local_px) + prefix),
-    ]
+    large, small = crop_patches(recipe)
+    return [(views.num_global, large + prefix), (views.num_local, small + prefix)]
 
 
 def hidden_patches(recipe: Recipe) -> float:
-    """Masked patches of one slice: crops × share masked × mean share of their patches."""
+    """Masked patches of one slice or volume: crops × share masked × mean share of their patches."""
     views = recipe.views
-    return views.num_global * views.mask_probability * sum(views.mask_ratio) / 2 * num_patches(recipe, views.global_px)
+    return views.num_global * views.mask_probability * sum(views.mask_ratio) / 2 * crop_patches(recipe)[0]
 
 
 def block_parameters(config: ViTConfig) -> int:
@@ -103,7 +110,8 @@ def head_parameters(recipe: Recipe) -> int:
 
     if objective.kind == "lejepa":
         return mlp(objective.projector_dim, True) * (2 if objective.patch_weight else 1)
-    return 2 * (mlp(objective.bottleneck, objective.batch_norm) + objective.prototypes * objective.bottleneck)
+    head = mlp(objective.bottleneck, objective.batch_norm) + objective.prototypes * objective.bottleneck
+    return head if objective.shared_head else 2 * head
 
 
 def head_rows(recipe: Recipe) -> tuple[float, float]:
@@ -116,16 +124,16 @@ def head_rows(recipe: Recipe) -> tuple[float, float]:
 
 
 def flops_per_image(recipe: Recipe) -> Flops:
-    """Matrix products of one slice in one step: the mean over the run of the teachers, heads as after a hand-over."""
+    """Matrix products of one slice or volume in one step: the mean over the run of the teachers, heads as after a hand-over."""
     config, objective, views = recipe.model, recipe.objective, recipe.views
     width = SIZES[config.size][0]
-    blocks, embedding = forward_flops(recipe, views.global_px)
-    local_blocks, local_embedding = forward_flops(recipe, views.local_px)
+    (blocks, embedding), (local_blocks, local_embedding) = (forward_flops(recipe, n) for n in crop_patches(recipe))
     all_blocks = views.num_global * blocks + views.num_local * local_blocks
     all_embedding = views.num_global * embedding + views.num_local * local_embedding
     teacher = views.num_global * (blocks + embedding) * (1 - objective.handover) if objective.kind == "dino" else 0.0
     if objective.gram_weight:
-        teacher += views.num_global * sum(forward_flops(recipe, objective.gram_px)) * (1 - objective.gram_start)
+        anchor = forward_flops(recipe, num_patches(recipe, objective.gram_px))
+        teacher += views.num_global * sum(anchor) * (1 - objective.gram_start)
     h, out = objective.hidden, objective.bottleneck if objective.kind == "dino" else objective.projector_dim
     last = out * objective.prototypes if objective.kind == "dino" else 0
     learnt, taught = head_rows(recipe)
@@ -136,11 +144,10 @@ def flops_per_image(recipe: Recipe) -> Flops:
     )
 
 
-def forward_flops(recipe: Recipe, px: int) -> tuple[float, float]:
-    """Of one crop with this side: all blocks, and the patch embedding."""
+def forward_flops(recipe: Recipe, patches: float) -> tuple[float, float]:
+    """Of one crop with so many patches: all blocks, and the patch embedding."""
     config = recipe.model
     width, depth, *_ = SIZES[config.size]
-    patches = num_patches(recipe, px)
     tokens = patches + 1 + config.num_registers
     blocks = 2 * block_parameters(config) * tokens + 4 * tokens**2 * width * depth
     return blocks, 2 * patches * math.prod(config.patch) * config.channels * width

@@ -1,5 +1,6 @@
 """What recipes there are, and every value of one with its unit, meaning and origin. Loads no torch."""
 
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,6 +10,14 @@ from hilum.pretrain.recipe import Recipe
 from hilum.settings import differences, to_dict
 from hilum.terminal import WIDTH, format_table, wrap_row
 
+# settings of views that crops of volumes have no use for, or must leave out
+NOT_IN_3D = frozenset(
+    f"views.{name}"
+    for name in (
+        *("global_px", "local_px", "aspect", "flip", "min_image_foreground", "resolutions"),
+        *("ct.blur", "ct.window", "ct.windows_hu", "mr.blur", "mr.window", "mr.windows_hu"),
+    )
+)
 MAX_CELL = 22  # a longer value does not widen its column
 
 
@@ -33,16 +42,17 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe(recipe: Recipe, name: str) -> list[Line]:
-    """Every setting of a recipe but its name.
+    """Every setting that a recipe reads, but its name.
 
     recipe   what will run: the recipe `name`, with changes or without
     name     a preset or TOML file; a value that differs from the preset below it is "yours"
     """
     preset = find_base(name)
     published = leaves(to_dict(RECIPES[preset]))
+    unread = NOT_IN_3D if recipe.is_3d else [name for name in SETTINGS if name.startswith("volumes.")]
     lines = []
     for setting, value in leaves(to_dict(recipe)).items():
-        if setting == "name":
+        if setting == "name" or setting in unread:
             continue
         about = SETTINGS[setting]
         source = last_change(preset, setting) or about
@@ -71,7 +81,7 @@ def list_recipes() -> list[dict[str, Any]]:
         {
             "name": name,
             "model": recipe.model.size,
-            "pixels": f"{recipe.views.global_px}/{recipe.views.local_px}",
+            "pixels": _crops(recipe),
             "batch": recipe.run.batch_size,
             "steps": recipe.run.steps,
             "what": PRESETS[name].about,
@@ -80,11 +90,19 @@ def list_recipes() -> list[dict[str, Any]]:
     ]
 
 
+def _crops(recipe: Recipe) -> str:
+    """The first shape of global and local crops."""
+    power = "³" if recipe.is_3d else ""
+    large, small, _ = recipe.crop_shapes[0]
+    return f"{large[-1]}{power}/{small[-1]}{power}"
+
+
 def format_list() -> str:
     rows = [list(row.values()) for row in list_recipes()]
     table = format_table(["name", "model", "pixels", "batch", "steps", "what it is"], rows)
     return (
-        f"{table}\n\npixels: sides of global and local crops. hilum pretrain --show NAME: every value and its origin."
+        f"{table}\n\npixels: sides of the first global and local crops, ³ of volumes.\nhilum pretrain --show NAME: every "
+        "value and its origin."
     )
 
 
@@ -113,7 +131,7 @@ def format_recipe(recipe: Recipe, name: str) -> str:
     base, changed = what_differs(recipe, name)
     text = [f"{recipe.name}: {PRESETS[name].about}" if name in PRESETS else recipe.name]
     if base:
-        text += ["", f"It differs from {base} in:", *(f"  {change.replace(' ≠ ', ' → ')}" for change in changed)]
+        text += ["", f"It differs from {base} in:", *(_fold(f"  {c.replace(' ≠ ', ' → ')}", 4) for c in changed)]
     columns = ["setting", "value", "unit", "origin"]
     cells = [[line.setting.rpartition(".")[2], show(line.value), line.unit, line.origin] for line in lines]
     widths = [max(len(row[n]) for row in [columns, *cells] if len(row[n]) <= MAX_CELL) for n in range(4)]
@@ -126,8 +144,15 @@ def format_recipe(recipe: Recipe, name: str) -> str:
                 wrap_row([f"{section}." if section else "recipe", *columns[1:]], widths, "meaning (origin or reason)"),
             ]
             text += ["─" * WIDTH]
-        text.append(wrap_row(row, widths, f"{line.meaning} ({line.why})"))
+        text += [
+            _fold(part, widths[0] + 2) for part in wrap_row(row, widths, f"{line.meaning} ({line.why})").splitlines()
+        ]
     return "\n".join([*text, "", LEGEND])
+
+
+def _fold(line: str, indent: int) -> str:
+    """A line, or lines where a value is wider than the page."""
+    return line if len(line) <= WIDTH else textwrap.fill(line, WIDTH, subsequent_indent=" " * indent)
 
 
 LEGEND = """paper: Curia-2's, or the one named. code: DINOv2's, or the one named. ours: unpublished, or not so.
@@ -137,9 +162,15 @@ yours: from your file or --set. Change any by --set SECTION.NAME=VALUE, or in a 
 def show(value: Any) -> str:
     """A value as a reader would write it."""
     if isinstance(value, list | tuple):
+        if value and isinstance(value[0], list | tuple) and isinstance(value[0][0], list | tuple):  # shapes of crops
+            return ", ".join(f"{_sides(a)}/{_sides(b)} ({show(weight)})" for a, b, weight in value)
         return ", ".join(f"({show(v)})" if isinstance(v, list | tuple) else show(v) for v in value) or "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else value or "–"
+
+
+def _sides(shape: Any) -> str:
+    return f"{shape[0]}³" if len(set(shape)) == 1 else "×".join(map(str, shape))

@@ -65,7 +65,8 @@ class Learner(nn.Module):
         side = nn.ModuleDict({"backbone": backbone})
         if objective.kind == "dino":
             side["dino_head"] = PrototypeHead(backbone.width, objective)
-            side["ibot_head"] = PrototypeHead(backbone.width, objective)
+            if not objective.shared_head:
+                side["ibot_head"] = PrototypeHead(backbone.width, objective)
         if objective.kind == "lejepa" or objective.handover:
             side["projector"] = make_mlp(backbone.width, objective.hidden, objective.projector_dim, True)
             if objective.patch_weight:
@@ -109,7 +110,7 @@ class Learner(nn.Module):
         targets_GBK, hidden_targets = self._ask_teacher(batch, step)
         unit, prototypes, bottleneck = self.student["dino_head"](torch.cat([t.cls for t in tokens]))
         parts["dino"] = dino_loss(unit, prototypes, targets_GBK, num_views, objective.student_temperature)
-        unit, prototypes, _ = self.student["ibot_head"](tokens[0].patches.flatten(0, 1)[batch.hidden])
+        unit, prototypes, _ = _head(self.student, "ibot")(tokens[0].patches.flatten(0, 1)[batch.hidden])
         parts["ibot"] = ibot_loss(unit, prototypes, hidden_targets, batch.masks, objective.student_temperature)
         on = tokens[0].cls if objective.regulariser_on == "class_token" else bottleneck[: num_global * num_slices]
         with torch.no_grad():
@@ -133,13 +134,14 @@ class Learner(nn.Module):
         return cls.view(self.recipe.views.num_global, -1, cls.shape[1]), patches
 
     def _assign(self, name: str, x: Tensor, temperature: float) -> Assignments:
-        unit, prototypes, _ = self.teacher[f"{name}_head"](x)
+        unit, prototypes, _ = _head(self.teacher, name)(x)
         if self.recipe.objective.centring == "sinkhorn":
             return sinkhorn_knopp(unit, prototypes, temperature)
         center = cast(Tensor, getattr(self, f"{name}_center"))
         targets = centred_softmax(unit, prototypes, center, temperature)
         mean = mean_logits(unit.float(), prototypes)
-        center.lerp_(torch.where(mean.isfinite(), mean, center), 0.1)  # a bad batch must not outlive its skipped step
+        rate = torch.where(center.any(), 0.1, 1.0)  # the first mean is taken whole
+        center.lerp_(torch.where(mean.isfinite(), mean, center), rate)  # a bad batch must not outlive its skipped step
         return targets
 
     def _join_views(self, batch: Batch, tokens: list[Tokens], step: int, parts: dict[str, Tensor]) -> Tensor:
@@ -169,11 +171,12 @@ class Learner(nn.Module):
         num_shared = all_sum(shared.sum().to(torch.float32))
         if not bool(num_shared):
             return tokens.patches.new_zeros(())
-        rows, columns = (side // p for side, p in zip(batch.globals.shape[2:], self.recipe.model.patch))
-        maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, rows, columns).float()
-        at = 2 * batch.points.nan_to_num(0.5).flatten(0, 1)[:, None].flip(-1) - 1  # grid_sample wants (x, y) in [-1, 1]
+        grid = [side // p for side, p in zip(batch.globals.shape[2:], self.recipe.model.patch)]
+        maps = tokens.patches.transpose(1, 2).reshape(num_global * num_slices, -1, *grid).float()
+        at = 2 * batch.points.nan_to_num(0.5).flatten(0, 1).flip(-1) - 1  # grid_sample wants (x, y[, z]) in [-1, 1]
+        at = at.view(len(at), *[1] * (len(grid) - 1), num_points, len(grid))
         places = functional.grid_sample(maps, at, mode="bilinear", padding_mode="border", align_corners=False)
-        places = places[:, :, 0].transpose(1, 2).reshape(num_global, num_slices, num_points, -1)[:, shared]
+        places = places.flatten(2).transpose(1, 2).reshape(num_global, num_slices, num_points, -1)[:, shared]
         projected = self.student["patch_projector"](places.flatten(0, 2)).view(num_global, -1, objective.projector_dim)
         share = shared.sum() * num_ranks() / num_shared  # ranks with more shared slices count more
         parts["patch_invariance"] = (
@@ -222,3 +225,9 @@ class Learner(nn.Module):
         torch._foreach_lerp_(local(self.teacher.parameters()), local(self.student.parameters()), 1 - momentum)
         if self.recipe.objective.gram_weight and step + 1 in self.recipe.gram_steps:
             self.gram.load_state_dict(self.teacher_backbone().state_dict())
+
+
+def _head(side: nn.Module, name: str) -> nn.Module:
+    """The head of "dino" or "ibot"; the same where one serves both."""
+    heads = cast(nn.ModuleDict, side)
+    return heads[f"{name}_head"] if f"{name}_head" in heads else heads["dino_head"]

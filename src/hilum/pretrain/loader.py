@@ -1,14 +1,15 @@
 """Sample numbers → batches. What a batch holds depends on its sample numbers only.
 
 Worker processes read and draw. On a CPU they render, too; for a GPU they send slices as stored and numbers, and the GPU
-makes the pixels (`render.py`).
+makes the pixels (`render.py`). Crops of volumes (`volume_loader.Crops`) are rendered by the workers everywhere: what they
+show of a volume is less than the volume.
 """
 
 import signal
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,14 @@ from hilum.errors import HilumError, UsageError, WorkerDied
 from hilum.pretrain.masks import sample_mask_counts
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.render import Raw, Source, pack, render
-from hilum.pretrain.sampling import Sampler, count_slices, enough_anatomy, mix, modality_weights, sample_rng
+from hilum.pretrain.sampling import (
+    Sampler,
+    count_slices,
+    draw_weighted,
+    enough_anatomy,
+    modality_weights,
+    sample_rng,
+)
 from hilum.pretrain.views import View, sample_points, sample_views
 
 CPU = torch.device("cpu")
@@ -35,11 +43,11 @@ _T = TypeVar("_T", "Batch", "DrawnBatch", Raw)
 class Batch:
     """Some samples as pixels; crops are laid out all first globals, then all second ones, and so on.
 
-    globals   (G·B, 1, S, S)
-    locals    (L·B, 1, s, s), or None without local crops
+    globals   (G·B, 1, S, S), or (G·B, 1, Z, Y, X) of volumes
+    locals    (L·B, 1, s, s), or of volumes, or None without local crops
     masks     (G·B, N) bool; batches of whole mask groups all hide the same number of patches
     hidden    (M,) their numbers in masks.flatten(), found on the CPU since a GPU that is asked for them has to be waited for
-    points    (G, B, P, 2) places (y, x in fractions of the crop) that all global crops of a slice show; NaN without one
+    points    (G, B, P, 2 or 3) places ((z,) y, x in fractions of the crop) that all global crops show; NaN without one
     foreground, num_rejected   mean share of anatomy in the crops; crops drawn again, per view
     gram      (G·B, 1, gram_px, gram_px) the global crops, intensity unchanged, for the Gram teacher; None without one
     """
@@ -55,6 +63,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return _to(self, device)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader, so that the copy to the device does not wait."""
+        return _pin(self)
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,26 @@ class Drawn:
     points: NDArray[np.float32]
 
 
+class Samples(Protocol):
+    """What batches are made of: `Slices`, or `volume_loader.Crops`.
+
+    device_renders  whether a GPU makes the pixels of what is drawn; else the workers always do
+    """
+
+    recipe: Recipe
+    device_renders: bool
+
+    def draw_batch(self, first_sample: int, count: int) -> Any:
+        """Samples first, first + 1, … as numbers; all of them belong to one step."""
+
+    def render_batch(self, drawn: Any) -> Batch:
+        """Their pixels."""
+
+
 class Slices:
     """The training slices of a store, by sample number."""
+
+    device_renders = True
 
     def __init__(self, store: Store, recipe: Recipe, contract: Contract) -> None:
         self.store, self.recipe, self.contract = store, recipe, contract
@@ -113,6 +143,11 @@ class Slices:
         self.sampler = Sampler(counts, weights, recipe.sampling.volume_power, recipe.run.seed)
         self.num_slices = int(counts.sum())
         self._enough = enough_anatomy(recipe.views.min_image_foreground)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"num_slices": self.num_slices}
 
     def __len__(self) -> int:
         return self.recipe.run.steps
@@ -127,9 +162,8 @@ class Slices:
         spec, run = self.recipe.views, self.recipe.run
         if not spec.resolutions:
             return spec.global_px, spec.local_px
-        weights = np.cumsum([weight for *_, weight in spec.resolutions])
-        place = mix(run.seed, 4, sample // run.batch_size) / 2**64 * weights[-1]
-        return spec.resolutions[min(int(np.searchsorted(weights, place, side="right")), len(weights) - 1)][:2]
+        weights = [weight for *_, weight in spec.resolutions]
+        return spec.resolutions[draw_weighted(weights, run.seed, 4, sample // run.batch_size)][:2]
 
     def draw(self, sample: int) -> Drawn:
         """Read the slice of a sample number and draw its views."""
@@ -202,23 +236,23 @@ class Slices:
 class _MicroBatches(Dataset[Batch | DrawnBatch | HilumError]):
     """What one rank is fed, micro-batch by micro-batch. An error of ours comes back as a value, to be raised whole."""
 
-    def __init__(self, slices: Slices, rank: int, world: int, accumulate: int, render: bool) -> None:
-        self.slices, self.rank, self.world, self.accumulate, self.render = slices, rank, world, accumulate, render
+    def __init__(self, samples: Samples, rank: int, world: int, accumulate: int, render: bool) -> None:
+        self.samples, self.rank, self.world, self.accumulate, self.render = samples, rank, world, accumulate, render
 
     def __getitem__(self, number: int) -> Batch | DrawnBatch | HilumError:
         step, micro = divmod(number, self.accumulate)
-        size = self.slices.recipe.run.batch_size
+        size = self.samples.recipe.run.batch_size
         count = size // (self.accumulate * self.world)
         first = step * size + (micro * self.world + self.rank) * count
         try:
-            drawn = self.slices.draw_batch(first, count)
-            return self.slices.render_batch(drawn) if self.render else drawn
+            drawn: DrawnBatch = self.samples.draw_batch(first, count)
+            return self.samples.render_batch(drawn) if self.render else drawn
         except HilumError as error:
             return error
 
 
 def batches(
-    slices: Slices,
+    samples: Samples,
     start_step: int,
     *,
     rank: int = 0,
@@ -237,14 +271,14 @@ def batches(
 
     Raises UsageError when B cannot be divided so, WorkerDied when a worker is ended from outside.
     """
-    run = slices.recipe.run
+    run = samples.recipe.run
     if run.batch_size % (world * accumulate):
         raise UsageError(
             f"run.batch_size {run.batch_size} cannot be shared by {world} ranks with {accumulate} micro-batches each; "
             f"make it a multiple of {world * accumulate}"
         )
     loader = DataLoader(
-        _MicroBatches(slices, rank, world, accumulate, _rendered_by_workers(device)),
+        _MicroBatches(samples, rank, world, accumulate, _rendered_by_workers(samples, device)),
         batch_size=None,
         sampler=range((start_step + offset) * accumulate, (run.steps + offset) * accumulate),
         num_workers=run.num_workers,
@@ -262,7 +296,7 @@ def batches(
         while (made := _next_batch(stream)) is not None:
             if isinstance(made, HilumError):
                 raise made
-            yield made if isinstance(made, Batch) else slices.render_batch(made.to(device))
+            yield made.to(device) if isinstance(made, Batch) else samples.render_batch(made.to(device))
     finally:  # now, not when nobody refers to them any more: an exception may do so until the program ends, and workers that
         if run.num_workers:  # ignore SIGTERM (`_begin_worker`) would never let it end
             stream._shutdown_workers()
@@ -287,9 +321,9 @@ def _tells_of_a_death(error: RuntimeError) -> bool:
     return "exited unexpectedly" in str(error) or "is killed by signal" in str(error)
 
 
-def _rendered_by_workers(device: torch.device) -> bool:
-    """A CPU's pixels are made by the workers; a GPU makes its own, and the slices as stored are less to send."""
-    return device.type == "cpu"
+def _rendered_by_workers(samples: Samples, device: torch.device) -> bool:
+    """A CPU's pixels are made by the workers; a GPU makes those of slices itself, which as stored are less to send."""
+    return device.type == "cpu" or not samples.device_renders
 
 
 def _begin_worker(_: int) -> None:

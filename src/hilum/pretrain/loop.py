@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from hilum.archive.store.isotropic import is_isotropic
 from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract
-from hilum.encode.encoder import write_encoder
+from hilum.encode.encoder import AnyContract, write_encoder
 from hilum.encode.released.golden import write_golden
 from hilum.encode.vit import ViT
+from hilum.encode.volume_contract import VolumeContract
 from hilum.encode.zoo import open_folder
 from hilum.errors import (
     EXIT_INTERRUPTED,
@@ -42,11 +44,12 @@ from hilum.errors import (
 from hilum.pretrain import ranks
 from hilum.pretrain.checkpoint import CheckpointWriter, clear_unfinished, last_checkpoint, read_checkpoint
 from hilum.pretrain.distill import Learner, StepResult
-from hilum.pretrain.loader import Batch, Slices, batches
+from hilum.pretrain.loader import Batch, Samples, Slices, batches
 from hilum.pretrain.optim import clip_gradients, make_optimiser, momentum, set_schedules
 from hilum.pretrain.parallel import Replica, joined
 from hilum.pretrain.recipe import Recipe, Run
 from hilum.pretrain.start import check_start, initialise
+from hilum.pretrain.volume_loader import Crops
 from hilum.pretrain.watch.diagnose import Diagnosis
 from hilum.pretrain.watch.health import feature_health
 from hilum.pretrain.watch.monitor import Monitor
@@ -63,9 +66,35 @@ Watch = Callable[[dict[str, Any], Sequence[Diagnosis]], None]
 """Called after each step with its log line, and with what is wrong when that was looked at."""
 
 
-def contract_of(recipe: Recipe) -> Contract:
+def contract_of(recipe: Recipe) -> AnyContract:
     """What the exported encoder will expect: the sizes and the normalisation it was trained with."""
-    return Contract(size_px=recipe.views.global_px)
+    if not recipe.is_3d:
+        return Contract(size_px=recipe.views.global_px)
+    volumes, (z, y, x) = recipe.volumes, recipe.model.patch
+    weights = {"CT": recipe.sampling.ct, "MR": recipe.sampling.mr, "OT": recipe.sampling.other}
+    return VolumeContract(
+        modalities=tuple(name for name, weight in weights.items() if weight),
+        clip_hu=volumes.clip_hu,
+        min_spacing_mm=volumes.min_spacing_mm,
+        max_patches=volumes.max_patches,
+        patch=(z, y, x),
+        mean=volumes.mean,
+        std=volumes.std,
+        pooling="class+mean",
+    )
+
+
+def training_samples(store: Store, recipe: Recipe) -> Slices | Crops:
+    """What a recipe trains on. UsageError when the store is not made for it."""
+    contract = contract_of(recipe)
+    if isinstance(contract, VolumeContract):
+        return Crops(store, recipe, contract)
+    if is_isotropic(store):
+        raise UsageError(
+            f"recipe {recipe.name} trains on slices, and {store.root} holds volumes cut to the body and resampled: its encoder "
+            "would expect slices that no scan has. Give the store that it was made of, or a recipe for volumes"
+        )
+    return Slices(store, recipe, contract)
 
 
 def pretrain(
@@ -103,18 +132,21 @@ def pretrain(
         record = ranks.on_first(lambda: _open_run(out, recipe, store, own_device))
         if record["status"] == "finished":
             return record
-        contract = contract_of(recipe)
-        slices = Slices(store, recipe, contract)
-        labelled = None if labels is None or target is None else read_labelled(store, contract, Path(labels), target)
+        samples = training_samples(store, recipe)
+        record |= samples.facts
+        labelled = None
+        if labels is not None and target is not None:
+            shown = samples if isinstance(samples, Crops) else samples.contract
+            labelled = read_labelled(store, shown, Path(labels), target)
         rolled_back = True
         while rolled_back:
             replica, optimiser, start = _take_up(recipe, record, out, own_device)
-            monitor = Monitor(recipe, replica.learner, optimiser, slices, out, own_device, labelled)
+            monitor = Monitor(recipe, replica.learner, optimiser, samples, out, own_device, labelled)
             rolled_back = _train(replica, optimiser, monitor, start, *((progress, watch) if ranks.rank() == 0 else ()))
         weights = replica.teacher_weights()
         if ranks.rank() == 0:
-            record |= {"status": "finished", "contract": contract.hash, "num_slices": slices.num_slices}
-            _export(out, recipe, contract, record, weights)
+            record |= {"status": "finished", "contract": samples.contract.hash}
+            _export(out, recipe, samples.contract, record, weights)
             write_json(out / "run.json", record)
         return record
 
@@ -143,12 +175,12 @@ def _train(
 
     Every rank runs this; only the first has a log.
     """
-    recipe, out, slices = monitor.recipe, monitor.out, monitor.slices
+    recipe, out, samples = monitor.recipe, monitor.out, monitor.samples
     log = _Log(out, start) if ranks.rank() == 0 else None
     stop, events = _StopSignal(), Events(out)
     saver = CheckpointWriter(out / "checkpoints", recipe.hash)
     offset = ranks.on_first(lambda: events.resume(start))
-    stream = _steps(slices, start, monitor.device, offset)
+    stream = _steps(samples, start, monitor.device, offset)
     with stop, log or contextlib.nullcontext(), saver, contextlib.closing(stream):
         monitor.restore(read_lines(out / "metrics.jsonl") if log else ())
         bad_steps, ended = 0, time.perf_counter()
@@ -251,11 +283,11 @@ def _check_shares(run: Run) -> None:
         )
 
 
-def _steps(slices: Slices, start: int, device: torch.device, offset: int) -> Generator[list[Batch], None, None]:
+def _steps(samples: Samples, start: int, device: torch.device, offset: int) -> Generator[list[Batch], None, None]:
     """This rank's micro-batches of steps start, start + 1, …, on the device; the data are `offset` steps ahead."""
-    accumulate = slices.recipe.run.accumulate
+    accumulate = samples.recipe.run.accumulate
     share = {"rank": ranks.rank(), "world": ranks.num_ranks(), "accumulate": accumulate}
-    with contextlib.closing(batches(slices, start, device=device, offset=offset, **share)) as stream:
+    with contextlib.closing(batches(samples, start, device=device, offset=offset, **share)) as stream:
         while step := list(itertools.islice(stream, accumulate)):
             yield step
 
@@ -265,7 +297,9 @@ def _find_checkpoint(out: Path) -> Path | None:
     return last_checkpoint(out / "checkpoints")
 
 
-def _export(out: Path, recipe: Recipe, contract: Contract, record: dict[str, Any], weights: dict[str, Tensor]) -> None:
+def _export(
+    out: Path, recipe: Recipe, contract: AnyContract, record: dict[str, Any], weights: dict[str, Tensor]
+) -> None:
     """The teacher's backbone as an encoder."""
     facts = {"recipe": recipe.name, "step": recipe.run.steps, "recipe_hash": recipe.hash}
     facts["store_hash"] = record["store_hash"]

@@ -49,7 +49,7 @@ SETTINGS: dict[str, Setting] = {
     "model.image": Setting(
         "pixels", "sides that the learned positions are made for", "paper", "256 instead of Curia's 512"
     ),
-    "model.channels": Setting("count", "channels of a slice", "paper", "one: CT and MR are grey"),
+    "model.channels": Setting("count", "channels of an image", "paper", "one: CT and MR are grey"),
     "model.positions": Setting("choice", "learned or rotary positions", "code", "Curia's released config: learned"),
     "model.antialias": Setting(
         "yes/no", "positions interpolated with antialiasing", "code", "DINOv2 without registers: no"
@@ -65,12 +65,12 @@ SETTINGS: dict[str, Setting] = {
     "model.rope_rescale": Setting(
         "factor", "rotary coordinates times 1/this to this", "code", "DINOv2 and Curia: none, learned positions"
     ),
-    "views.num_global": Setting("crops", "global crops of a slice", "paper", "2 global and 8 local"),
-    "views.num_local": Setting("crops", "local crops of a slice", "paper", "2 global and 8 local"),
+    "views.num_global": Setting("crops", "global crops of a slice or volume", "paper", "2 global and 8 local"),
+    "views.num_local": Setting("crops", "local crops of a slice or volume", "paper", "2 global and 8 local"),
     "views.global_px": Setting("pixels", "side of a global crop", "paper", "256 instead of Curia's 512"),
     "views.local_px": Setting("pixels", "side of a local crop", "code", "DINOv2 has 96 beside 224; Curia-2 gives none"),
-    "views.global_scale": Setting("share of area", "area of a global crop", "code", "DINOv2"),
-    "views.local_scale": Setting("share of area", "area of a local crop", "code", "DINOv2"),
+    "views.global_scale": Setting("share", "a global crop: of the area; 3D: volumes.scale_of", "code", "DINOv2"),
+    "views.local_scale": Setting("share", "a local crop: of the area; 3D: volumes.scale_of", "code", "DINOv2"),
     "views.aspect": Setting("ratio", "width/height of a crop, log-uniform", "code", "DINOv2, torchvision"),
     "views.flip": Setting(
         "probability", "left-right mirror image", "ours", "left and right are different organs; DINOv2 has .5"
@@ -78,7 +78,7 @@ SETTINGS: dict[str, Setting] = {
     "views.min_image_foreground": Setting("share", "anatomy that a slice needs", "paper", "at most 50 % background"),
     "views.min_crop_foreground": Setting("share", "anatomy that a crop needs", "paper", "at most 70 % background"),
     "views.max_tries": Setting(
-        "draws", "before the best crop so far is taken", "ours", "unpublished; a slice is never given up"
+        "draws", "before the best crop so far is taken", "ours", "unpublished; no slice is given up"
     ),
     "views.ct.gain": Setting("factor", "about -1000 HU, 1 ± this", "ours", "calibration of scanners"),
     "views.ct.offset": Setting("HU", "largest shift", "ours", "calibration of scanners"),
@@ -92,9 +92,7 @@ SETTINGS: dict[str, Setting] = {
     "views.mr.gain": Setting(
         "factor", "largest change of contrast, 1 ± this", "ours", "DINOv2's .4 in RGB halved: grey has a meaning"
     ),
-    "views.mr.offset": Setting(
-        "deviations", "largest shift of intensity", "ours", "as gain; deviations are those of the slice"
-    ),
+    "views.mr.offset": Setting("deviations", "largest shift of intensity", "ours", "as gain; of the slice or volume"),
     "views.mr.gamma": Setting("exponent", "bend between darkest and mean", "ours", "sequences differ in contrast"),
     "views.mr.noise": Setting("deviations", "largest noise added", "ours", "coils change noise; DINOv2 has none"),
     "views.mr.blur": Setting(
@@ -109,7 +107,10 @@ SETTINGS: dict[str, Setting] = {
         "pixels", "(global, local, weight), one drawn a step", "ours", "empty: one size, as Curia-2; DINOv3 mixes"
     ),
     "views.mask_group": Setting(
-        "slices", "that deal out the shares of hidden patches", "ours", "the same count at every step and on every rank"
+        "samples",
+        "that deal out the shares of hidden patches",
+        "ours",
+        "the same count at every step and on every rank",
     ),
     "views.mask_probability": Setting("share", "global crops that are masked", "code", "DINOv2"),
     "views.mask_ratio": Setting("share", "patches hidden in a masked crop", "code", "DINOv2; Curia-2 gives none"),
@@ -117,11 +118,29 @@ SETTINGS: dict[str, Setting] = {
     "views.mask_sigma": Setting(
         "share of side", "width of the guided prior", "ours", "unpublished; two sigma reach the crop's rim"
     ),
+    "volumes.shapes": Setting("voxels", "(global, local, weight), one drawn a step", "paper", "VoxelFM: 112³ with 56³"),
+    "volumes.min_share": Setting(
+        "share", "sides of a volume against a global crop's, sorted", "code", "VoxelFM: half of its side"
+    ),
+    "volumes.scale_of": Setting(
+        "choice", "crops are shares of the shortest side or of the volume", "code", "VoxelFM: of the side"
+    ),
+    "volumes.permute": Setting("choice", "how axes of a crop are laid on the volume's", "code", "VoxelFM: at random"),
+    "volumes.flip": Setting("probability", "of a flip along each axis", "code", "VoxelFM"),
+    "volumes.mirror": Setting("yes/no", "a patient may become his mirror image", "code", "VoxelFM: yes"),
+    "volumes.flip_locals": Setting("yes/no", "local crops are flipped, too", "code", "VoxelFM: global ones only"),
+    "volumes.window": Setting("probability", "CT cut to a window of its quantiles", "code", "VoxelFM"),
+    "volumes.window_views": Setting("choice", "crops that this may happen to", "code", "VoxelFM: the first"),
+    "volumes.clip_hu": Setting("HU", "values are cut to", "code", "VoxelFM"),
+    "volumes.mean": Setting("HU", "subtracted from CT", "code", "VoxelFM's default; its released run may have another"),
+    "volumes.std": Setting("HU", "CT is divided by it", "code", "VoxelFM's default; its released run may have another"),
+    "volumes.min_spacing_mm": Setting("mm", "smallest side of an isotropic voxel", "code", "VoxelFM, when it encodes"),
+    "volumes.max_patches": Setting("patches", "of a scan at once, when it is encoded", "code", "VoxelFM"),
     "sampling.ct": Setting("weight", "of CT", "ours", "unpublished; 1 = its natural share"),
     "sampling.mr": Setting("weight", "of MR", "ours", "unpublished; 1 = its natural share"),
     "sampling.other": Setting("weight", "of the rest", "ours", "unpublished; 1 = its natural share"),
     "sampling.volume_power": Setting(
-        "exponent", "a volume of n slices counts n**this", "ours", "unpublished; 1 = every slice alike"
+        "exponent", "a volume of n slices (3D: crops) counts n**this", "ours", "unpublished; 1 = every slice alike"
     ),
     "objective.kind": Setting("choice", "dino (with teacher) or lejepa (without)", "paper", "DINO and iBOT"),
     "objective.prototypes": Setting(
@@ -131,6 +150,7 @@ SETTINGS: dict[str, Setting] = {
     "objective.bottleneck": Setting(
         "width", "last layer before the prototypes", "code", "DINOv2's default, for both heads"
     ),
+    "objective.shared_head": Setting("yes/no", "one head for class token and patches", "code", "DINOv2: two heads"),
     "objective.batch_norm": Setting("yes/no", "BatchNorm in the heads", "code", "DINOv2: none"),
     "objective.student_temperature": Setting("temperature", "softmax of the student", "code", "DINOv2"),
     "objective.teacher_temperature": Setting("temperature", "softmax of the teacher, start and end", "code", "DINOv2"),
@@ -153,7 +173,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "objective.patch_weight": Setting("weight", "LeJEPA's loss on patch tokens", "ours", "read by lejepa only; off"),
     "objective.patch_points": Setting(
-        "places", "of a slice that patch tokens are compared at", "ours", "read by lejepa only"
+        "places", "of a sample that patch tokens are compared at", "ours", "read by lejepa only"
     ),
     "objective.handover": Setting(
         "share of run", "LeJEPA learns first, then DINO", "ours", "0 leaves it out, as Curia-2"
@@ -180,7 +200,7 @@ SETTINGS: dict[str, Setting] = {
     "optimiser.freeze_last_layer": Setting("share of run", "prototypes at rest", "code", f"{_SHORT}: 1,250 of 125k"),
     "run.steps": Setting("steps", "updates of the weights", "paper", "125,000 iterations of ViT-B"),
     "run.batch_size": Setting(
-        "slices", "a step, over all devices", "ours", "what one device holds; every preset has its own"
+        "samples", "a step, over all devices", "ours", "what one device holds; every preset has its own"
     ),
     "run.seed": Setting("number", "of everything random", "ours", "any will do"),
     "run.precision": Setting(
@@ -197,7 +217,7 @@ SETTINGS: dict[str, Setting] = {
     "run.checkpoint_every": Setting("steps", "lost to a kill at most", "ours", "lost work against time to write"),
     "run.health_every": Setting("steps", "between looks at the features", "ours", "a collapse shows within 200 steps"),
     "run.probe_every": Setting(
-        "steps", "between encodings of 256 fixed slices", "ours", "below 1 % of the work at 100"
+        "steps", "between encodings of the same samples", "ours", "below 1 % of the work at 100"
     ),
     "run.on_collapse": Setting("choice", "what to do when the run collapses", "ours", "stopped, it costs less"),
     "run.num_workers": Setting(

@@ -4,6 +4,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow.compute as pc
 
 from hilum.archive.store.store import Store
@@ -11,18 +12,21 @@ from hilum.errors import UsageError
 from hilum.pretrain.cost import (
     backbone_parameters,
     checkpoint_bytes,
+    crop_patches,
     crop_tokens,
     flops_per_image,
     head_parameters,
     memory,
 )
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.sampling import fitting, modality_weights
 from hilum.terminal import WIDTH, wrap_row
 
 UTILISATION = 0.3
 UTILISATION_WHY = "assumed; DINOv2's published runs reach 31 to 39 % of an A100, Curia-2's 8 to 19 %"
 USABLE = 0.9  # of a device's memory; the rest goes to its context, chunks of logits and gaps between tensors
 VIEW_S = 0.0015  # one core reads a 512×512 slice and draws its views; a GPU makes the pixels
+VOXEL_S = 2.2e-8  # one core reads, draws and renders a voxel of a crop of a volume
 CHECKPOINTS_KEPT = 3  # the last two, and the one being written
 MANY_EPOCHS = 200  # DINOv2's short recipe on ImageNet-1k
 FAST_DISK = 1e9  # bytes/s that ask for more than an ordinary network file system
@@ -118,14 +122,16 @@ def plan(recipe: Recipe, store: Store | None, hardware: Hardware, *, utilisation
 
 def _work(recipe: Recipe) -> dict[str, Figure]:
     run, flops = recipe.run, flops_per_image(recipe)
-    tokens = [count * each for count, each in crop_tokens(recipe)]
+    tokens = [round(count * each) for count, each in crop_tokens(recipe)]
     images = run.steps * run.batch_size
     parts = ", ".join(f"{n} {_scale(getattr(flops, n), 'FLOP')}" for n in ("student", "teacher", "heads"))
     return {
         "steps": Figure(run.steps, "", "run.steps"),
-        "images": Figure(images, "slices", f"{run.steps:,} steps × {run.batch_size:,}, repetitions counted"),
+        "images": Figure(images, _what(recipe), f"{run.steps:,} steps × {run.batch_size:,}, repetitions counted"),
         "tokens a step": Figure(
-            run.batch_size * sum(tokens), "", f"{tokens[0]:,} global + {tokens[1]:,} local a slice, student's"
+            run.batch_size * sum(tokens),
+            "",
+            f"{tokens[0]:,} global + {tokens[1]:,} local a {_what(recipe, 1)}, student's",
         ),
         "FLOPs an image": Figure(flops.total, "FLOP", f"matrix products: {parts}"),
         "FLOPs of the run": Figure(flops.total * images, "FLOP", "the product of the two"),
@@ -143,7 +149,7 @@ def _time(recipe: Recipe, hardware: Hardware, utilisation: float | None) -> dict
     return {
         "utilisation": Figure(share, "of peak", UTILISATION_WHY if utilisation is None else "as given"),
         "images a second": Figure(
-            rate, "slices/s", f"{hardware} at {peak / 1e12:g} TFLOP/s {precision}, times utilisation{again}"
+            rate, f"{_what(recipe)}/s", f"{hardware} at {peak / 1e12:g} TFLOP/s {precision}, times utilisation{again}"
         ),
         "hours": Figure(hours, "h", "images / images a second"),
         "device hours": Figure(hours * hardware.count, "h", f"hours × {hardware.count:,}"),
@@ -161,7 +167,7 @@ def _space(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
     model = "whole model on each" if shards == 1 else f"model shared out over {shards}"
     return {
         "batch a device": Figure(
-            batch, "slices", f"at once: {recipe.run.batch_size:,} over {hardware.ranks:,} devices{pieces}"
+            batch, _what(recipe), f"at once: {recipe.run.batch_size:,} over {hardware.ranks:,} devices{pieces}"
         ),
         "memory a device": Figure(held.total, "B", f"{model}, {kept}; the sum of:"),
         "  weights": Figure(held.weights, "B", f"fp32; {backbone:.1f} M in the backbone, {heads:.1f} M in the heads"),
@@ -183,6 +189,11 @@ def _space(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
             f"{CHECKPOINTS_KEPT} checkpoints: two kept, one being written",
         ),
     }
+
+
+def _what(recipe: Recipe, count: int = 2) -> str:
+    """What a recipe trains on, as a word."""
+    return ("volume" if recipe.is_3d else "slice") + ("s" if count > 1 else "")
 
 
 def _shards(recipe: Recipe, hardware: Hardware) -> int:
@@ -207,27 +218,45 @@ def _room(recipe: Recipe, hardware: Hardware) -> dict[str, Figure]:
 
     ways = {
         "largest batch a device": Figure(
-            largest(False, _shards(recipe, hardware)), "slices", f"at once, in {USABLE:.0%} of {size / 1e9:g} GB"
+            largest(False, _shards(recipe, hardware)), _what(recipe), f"at once, in {USABLE:.0%} of {size / 1e9:g} GB"
         ),
-        "  recomputed": Figure(largest(True, _shards(recipe, hardware)), "slices", "with run.recompute"),
+        "  recomputed": Figure(largest(True, _shards(recipe, hardware)), _what(recipe), "with run.recompute"),
     }
     if hardware.ranks > 1 and recipe.run.parallel == "ddp":
         shared = largest(True, hardware.ranks)
-        ways["  and shared out"] = Figure(shared, "slices", f"and run.parallel=fsdp over {hardware.ranks}")
+        ways["  and shared out"] = Figure(shared, _what(recipe), f"and run.parallel=fsdp over {hardware.ranks}")
     return ways
 
 
 def _data(recipe: Recipe, store: Store, rate: float) -> dict[str, Figure]:
+    images = recipe.run.steps * recipe.run.batch_size
+    if recipe.is_3d:
+        return _volume_data(recipe, store, rate, images)
     least = recipe.views.min_image_foreground
     training = sum(int((levels >= least * 255).sum()) for _, _, levels in store.foreground())
     a_slice = int(pc.sum(store.rows.table["bytes"]).as_py() or 0) / max(store.num_slices, 1)
-    images = recipe.run.steps * recipe.run.batch_size
     return {
         "training slices": Figure(
             training, "", f"of {store.num_slices:,} in {len(store):,} volumes, with {least:.0%} anatomy or more"
         ),
         "epochs": Figure(images / max(training, 1), "", "images / training slices"),
         "reading": Figure(rate * a_slice, "B/s", f"images a second × {a_slice / 1e3:.0f} kB a slice in the store"),
+    }
+
+
+def _volume_data(recipe: Recipe, store: Store, rate: float, images: int) -> dict[str, Figure]:
+    """Volumes that fit a shape; of each the crops are read, as a whole at most."""
+    volumes, weights = recipe.volumes, modality_weights(store, recipe.sampling)
+    sides = np.array(store.rows.table["shape"].to_pylist(), np.int64).reshape(-1, 3)
+    fits = np.logical_or.reduce([fitting(sides, large, volumes.min_share) for large, *_ in volumes.shapes])
+    training, wanted = int((fits & (weights > 0)).sum()), int((weights > 0).sum())
+    a_volume = int(pc.sum(store.rows.table["bytes"]).as_py() or 0) / max(len(store), 1)
+    return {
+        "training volumes": Figure(training, "", f"of {wanted:,} of the modalities asked for; the others fit no shape"),
+        "epochs": Figure(images / max(training, 1), "", "images / training volumes"),
+        "reading": Figure(
+            rate * a_volume, "B/s", f"at most: images a second × {a_volume / 1e6:.1f} MB a volume in the store"
+        ),
     }
 
 
@@ -240,14 +269,18 @@ def _judge(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]) -> tu
     if batch % (ranks * pieces):
         shares = f"{ranks}" if pieces == 1 else f"{ranks} × {pieces} micro-batches"
         found.append(
-            (f"the batch: {batch:,} slices cannot be shared out evenly over {shares}", _split(batch, ranks * pieces))
+            (
+                f"the batch: {batch:,} {_what(recipe)} cannot be shared out evenly over {shares}",
+                _split(batch, ranks * pieces),
+            )
         )
     found += _judge_memory(recipe, hardware, figures)
-    workers = math.ceil(figures["images a second"].value / ranks * VIEW_S)
+    view_s = _view_seconds(recipe)
+    workers = math.ceil(figures["images a second"].value / ranks * view_s)
     if recipe.run.num_workers and workers > recipe.run.num_workers:
         found.append(
             (
-                f"making views: {workers} cores a device at {VIEW_S * 1e3:g} ms a slice, and run.num_workers is "
+                f"making views: {workers} cores a device at {view_s * 1e3:.3g} ms a {_what(recipe, 1)}, and run.num_workers is "
                 f"{recipe.run.num_workers}",
                 f"--set run.num_workers={workers}, if there are so many cores for each device",
             )
@@ -259,6 +292,15 @@ def _judge(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]) -> tu
         time = _text(Figure(hours, "h", ""))
         found.append((f"compute, {time} at {share:.0%} of the peak; nothing else stands in the way", ""))
     return f"What limits it: {found[0][0]}.", [advice for _, advice in found if advice]
+
+
+def _view_seconds(recipe: Recipe) -> float:
+    """One core's time to make what the workers make of a sample for a GPU."""
+    if not recipe.is_3d:
+        return VIEW_S
+    large, small = crop_patches(recipe)
+    views = recipe.views
+    return (views.num_global * large + views.num_local * small) * math.prod(recipe.model.patch) * VOXEL_S
 
 
 def _split(batch: int, ranks: int) -> str:
@@ -288,7 +330,8 @@ def _judge_memory(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]
         return [
             (
                 need,
-                "not even one slice fits: take devices with more memory, or more of them with --set run.parallel=fsdp",
+                f"not even one {_what(recipe, 1)} fits: take devices with more memory, or more of them with --set "
+                "run.parallel=fsdp",
             )
         ]
     pieces = next(n for n in range(math.ceil(batch / room), int(batch) + 1) if n == batch or batch % n == 0)
@@ -297,20 +340,22 @@ def _judge_memory(recipe: Recipe, hardware: Hardware, figures: dict[str, Figure]
 
 
 def _judge_data(recipe: Recipe, figures: dict[str, Figure]) -> list[tuple[str, str]]:
-    training, epochs, reading = (figures[n].value for n in ("training slices", "epochs", "reading"))
+    what = _what(recipe)
+    training, epochs, reading = (figures[n].value for n in (f"training {what}", "epochs", "reading"))
     found = []
     if reading > FAST_DISK:
         found.append((f"reading: {_text(figures['reading'])} from the store", "copy the store to disks of the nodes"))
     if training < recipe.run.batch_size:
-        advice = "bring more scans, take a smaller batch, or lower views.min_image_foreground"
-        found.append((f"too few slices: {training:,.0f} for a batch of {recipe.run.batch_size:,}", advice))
+        lower = "volumes.min_share" if recipe.is_3d else "views.min_image_foreground"
+        advice = f"bring more scans, take a smaller batch, or lower {lower}"
+        found.append((f"too few {what}: {training:,.0f} for a batch of {recipe.run.batch_size:,}", advice))
     elif epochs > MANY_EPOCHS:
         steps = int(MANY_EPOCHS * training / recipe.run.batch_size)
         advice = f"bring more scans, or --set run.steps={steps} for {MANY_EPOCHS} epochs, DINOv2's on ImageNet-1k"
-        found.append((f"too few slices: each is seen {epochs:,.0f} times", advice))
+        found.append((f"too few {what}: each is seen {epochs:,.0f} times", advice))
     elif epochs < 1:
         found.append(
-            (f"too few steps: {1 - epochs:.0%} of the slices are never seen", "raise run.steps if they matter")
+            (f"too few steps: {1 - epochs:.0%} of the {what} are never seen", "raise run.steps if they matter")
         )
     return found
 

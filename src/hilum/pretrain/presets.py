@@ -1,4 +1,4 @@
-"""Recipes by name: Curia and Curia-2 at every size, the paper's ablation ladder, and two for a CPU.
+"""Recipes by name: Curia and Curia-2 at every size, the paper's ablation ladder, volumes, and some for a CPU.
 
 A preset is what a user's TOML file is, too: a base and the values that differ, here each with its origin (`origins.py`).
 Curia-2 (arXiv 2604.01987) gives steps, batch, learning rates and what changed from row to row of its Table 2. Whatever it does
@@ -15,6 +15,7 @@ from typing import Any
 from hilum.errors import UsageError
 from hilum.pretrain.origins import SETTINGS, Change
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.volume_presets import CURIA2_3D, PAPER, SMALL3D, VOXELFM
 from hilum.settings import from_dict, merge, read_toml, to_dict
 
 
@@ -136,8 +137,17 @@ _SMALL = (
 _QUIETER = Change("objective.regulariser_weight", 0.05, "ours", SETTINGS["objective.regulariser_weight"].why)
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset("minutes on a CPU: Curia-2's views, LeJEPA's objective", "", _TINY),
-    "small": Preset("an hour on a CPU: all of Curia-2, at tiny's size", "tiny", _SMALL),
+    "tiny": Preset("minutes on a CPU: Curia-2's views, LeJEPA", "", _TINY),
+    "small": Preset("an hour on a CPU: all of Curia-2", "tiny", _SMALL),
+    "small3d": Preset("minutes on a CPU: volumes, LeJEPA", "tiny", SMALL3D),
+    "small-curia2-3d": Preset(
+        "an hour on a CPU: all of curia2-3d",
+        "small3d",
+        (*_SMALL[:-1], Change("run.steps", 3000, "ours", "an hour on two cores")),
+    ),
+    "voxelfm": Preset("VoxelFM, as its code has it", "", VOXELFM),
+    "voxelfm-paper": Preset("VoxelFM, as its paper has it", "voxelfm", PAPER),
+    "curia2-3d": Preset("what Curia-2 learned, on volumes", "voxelfm", CURIA2_3D),
     "curia2-b": Preset("Curia-2, first stage", "", _CURIA2),
     "curia2-l": Preset("Curia-2, first stage", "curia2-b", _LARGE),
     "curia2-g": Preset("Curia-2, first stage", "curia2-b", _GIANT),
@@ -191,7 +201,7 @@ PRESETS: dict[str, Preset] = {
         "+ learning rate 1e-3 (= curia2-b)", "ablation/4", (Change("optimiser.lr", 1e-3, "paper", "from 5e-4"),)
     ),
     "ablation/6": Preset(
-        "at 512 pixels by interpolated positions, untrained",
+        "at 512 by interpolated positions, untrained",
         "ablation/5",
         (_GOES_ON, *_AT_512, Change("run.steps", 0, "paper", "evaluated only")),
     ),

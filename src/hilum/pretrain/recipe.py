@@ -28,7 +28,7 @@ class Sampling:
 
     ct, mr, other   weight of a modality; 1 = its natural share, 0 = never
     volume_power    a volume with n slices worth training on counts n**power: 1 = every slice alike, 0 = every volume alike,
-                    so that a CT of 1,000 slices does not drown an MR of 20
+                    so that a CT of 1,000 slices does not drown an MR of 20; in 3D n is how many global crops it holds
     """
 
     ct: float = 1.0
@@ -139,7 +139,8 @@ class Objective:
 
     kind                 "dino": class-token DINO and masked-patch iBOT against a momentum teacher (DINOv2, Curia-2);
                          "lejepa": every view predicts the mean of the global views, no teacher (arXiv 2511.08544)
-    prototypes, hidden, bottleneck   size of the DINO and iBOT heads (separate, as in DINOv2's long recipes)
+    prototypes, hidden, bottleneck   size of the DINO and iBOT heads
+    shared_head          one head for class token and patches (VoxelFM's code) instead of two (DINOv2's long recipes)
     batch_norm           BatchNorm in the heads; without it they need thousands of steps to leave their cold start
     student_temperature  softmax temperature of the student
     teacher_temperature  start and end of the teacher's, linear over teacher_warmup (share of the run)
@@ -163,6 +164,7 @@ class Objective:
     prototypes: int = 65536
     hidden: int = 2048
     bottleneck: int = 256
+    shared_head: bool = False
     batch_norm: bool = False
     student_temperature: float = 0.1
     teacher_temperature: Range = (0.04, 0.07)
@@ -322,7 +324,7 @@ class Recipe:
         if self.objective.regulariser == "koleo" and self.run.batch_size == self.run.accumulate:
             raise UsageError(f"recipe {self.name}: KoLeo needs at least two slices in a micro-batch; found 1")
         if self.is_3d:
-            self.volumes.check_patch(self.model.patch)
+            self._check_volumes()
             return
         sizes = [("views.global_px", self.views.global_px), ("views.local_px", self.views.local_px)]
         sizes += [("views.resolutions", px) for pair in self.views.resolutions for px in pair[:2]]
@@ -331,10 +333,39 @@ class Recipe:
             if any(px % p for p in self.model.patch):
                 raise UsageError(f"{name} {px} is no multiple of the patch {self.model.patch}")
 
+    def _check_volumes(self) -> None:
+        """UsageError for what training on volumes cannot do."""
+        self.volumes.check_patch(self.model.patch)
+        views = self.views
+        absent = {
+            "views.ct.blur": views.ct.blur,
+            "views.mr.blur": views.mr.blur,
+            "views.ct.window": views.ct.window,
+            "views.resolutions": views.resolutions,
+            "objective.gram_weight": self.objective.gram_weight,
+        }
+        instead = {
+            "views.ct.window": "volumes.window draws windows of crops of volumes",
+            "views.resolutions": "volumes.shapes lists their shapes",
+        }
+        for name, value in absent.items():
+            if value:
+                empty = "empty" if name == "views.resolutions" else "0"
+                why = instead.get(name, "it is made for slices only")
+                raise UsageError(f"recipe {self.name}: {name} must be {empty} in 3D, since {why}; found {value}")
+
     @property
     def is_3d(self) -> bool:
         """Whether the model is trained on crops of volumes, else on slices."""
         return len(self.model.patch) == 3
+
+    @property
+    def crop_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
+        """(global shape, local shape, weight) of crops in pixels; each step draws one of them."""
+        if self.is_3d:
+            return list(self.volumes.shapes)
+        sizes = self.views.resolutions or ((self.views.global_px, self.views.local_px, 1.0),)
+        return [((a, a), (b, b), weight) for a, b, weight in sizes]
 
     @property
     def handover_step(self) -> int:
@@ -361,6 +392,8 @@ class Recipe:
         del values["start_from"], values["needs_start"]
         if not self.is_3d:
             del values["volumes"]
+        if not self.objective.shared_head:  # the hash of runs from before there was a choice
+            del values["objective"]["shared_head"]
         for name in (*HOW, "health_every", "probe_every", "on_collapse"):
             del values["run"][name]
         return hash_json(values)

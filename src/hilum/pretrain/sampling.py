@@ -5,12 +5,15 @@ decides. The visits of one volume walk through its slices in an order of its own
 all its slices are seen equally often whatever the quota. Workers, ranks, batches and resuming cannot change any of it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from hilum.archive.store.store import Store
 from hilum.errors import StoreError
 from hilum.pretrain.recipe import Sampling
+from hilum.pretrain.volume_spec import Shape
 
 _ROUNDS = 6
 _WORD = (1 << 64) - 1
@@ -49,10 +52,17 @@ def sample_rng(seed: int, number: int, purpose: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([mix(seed, purpose), number], np.uint64)))
 
 
+def draw_weighted(weights: Sequence[float], *numbers: int) -> int:
+    """A place in a list of weights, decided by the numbers alone."""
+    ends = np.cumsum(weights)
+    place = mix(*numbers) / 2**64 * ends[-1]
+    return min(int(np.searchsorted(ends, place, side="right")), len(ends) - 1)
+
+
 class Sampler:
     """The endless stream of samples.
 
-    counts   (V,) slices worth training on, of each volume
+    counts   (V,) slices worth training on, of each volume; in 3D crops that it holds
     weights  (V,) weight of each volume's modality
     power    see `Sampling.volume_power`
 
@@ -63,7 +73,7 @@ class Sampler:
     def __init__(self, counts: NDArray[np.int64], weights: NDArray[np.float64], power: float, seed: int) -> None:
         shares = np.where(counts > 0, weights * counts.astype(np.float64) ** power, 0.0)
         if not shares.any():
-            raise StoreError("no slice is left to train on: every volume has weight 0 (see the settings of sampling)")
+            raise StoreError("nothing is left to train on: every volume has weight 0 (see the settings of sampling)")
         scale = max(counts[shares > 0].sum() / shares.sum(), 1 / shares[shares > 0].min())
         self.counts, self.seed = counts, seed
         self.ends = np.floor(np.cumsum(shares * scale) + 1e-6).astype(np.int64)
@@ -114,3 +124,8 @@ def modality_weights(store: Store, sampling: Sampling) -> NDArray[np.float64]:
     known = {"CT": sampling.ct, "MR": sampling.mr}
     weights = np.array([known.get(name, sampling.other) for name in modality.dictionary.to_pylist()], np.float64)
     return np.asarray(weights[modality.indices.to_numpy(zero_copy_only=False)])
+
+
+def fitting(sides: NDArray[np.int64], shape: Shape, min_share: float) -> NDArray[np.bool_]:
+    """(V,) whether volumes (V, 3) are large enough for crops of a shape: side by side, sorted, `min_share` of it or more."""
+    return np.asarray((np.sort(sides, 1) >= min_share * np.sort(shape)).all(1))

@@ -24,7 +24,8 @@ class VolumeSpec:
     scale_of       what `views.global_scale` and `local_scale` are shares of: "side", the volume's shortest side, so that a
                    cubic crop is a cube of that side (VoxelFM's code); "volume", of the volume itself (its paper)
     permute        how the axes of a crop are laid on those of the volume: "none" as they are; "all" at random; "fitting" at
-                   random among the ways that let the crop be largest, which matters for long shapes
+                   random among the ways that let the crop be largest, which matters for long shapes; "needed" as they are,
+                   unless that lets the crop be twice as long
     flip           probability of a flip along each axis
     mirror         whether flips and permutations may turn the patient into his mirror image; if not, one more axis is flipped
                    where they would, so that left and right organs keep their sides (only rotations are left)
@@ -40,7 +41,7 @@ class VolumeSpec:
     shapes: tuple[tuple[Shape, Shape, float], ...] = (((112, 112, 112), (56, 56, 56), 1.0),)
     min_share: float = 0.5
     scale_of: Literal["side", "volume"] = "side"
-    permute: Literal["none", "all", "fitting"] = "all"
+    permute: Literal["none", "all", "fitting", "needed"] = "all"
     flip: float = 0.5
     mirror: bool = True
     flip_locals: bool = False
@@ -71,4 +72,5 @@ class VolumeSpec:
     def mean_patches(self, patch: tuple[int, ...], which: int) -> float:
         """Patches of a global (which = 0) or local (1) crop, the mean over what steps draw."""
         total = sum(weight for *_, weight in self.shapes)
-        return sum(math.prod(pair[which]) * pair[2] for pair in self.shapes) / total / math.prod(patch)
+        voxels = sum(math.prod((large, small)[which]) * weight for large, small, weight in self.shapes)
+        return voxels / total / math.prod(patch)

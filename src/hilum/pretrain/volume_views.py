@@ -149,6 +149,8 @@ def ways_to_lay(shape: Shape, target: Shape, volumes: VolumeSpec) -> list[Shape]
     if volumes.permute == "all":
         return ways
     largest = [min(shape[axis] / side for axis, side in zip(way, target)) for way in ways]
+    if volumes.permute == "needed" and largest[0] >= max(largest) / 2:
+        return ways[:1]  # as they are
     return [way for way, factor in zip(ways, largest) if factor == max(largest)]
 
 

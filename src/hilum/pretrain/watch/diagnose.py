@@ -123,13 +123,13 @@ def features_collapsed(history: History, recipe: Recipe) -> Sign | None:
 
 
 def rank_collapsed(history: History, recipe: Recipe) -> Sign | None:
-    """The rank of the fixed probe slices, against its best since the start-up: that of random weights is often higher."""
+    """The rank of the fixed probe images, against its best since the start-up: that of random weights is often higher."""
     pairs = [pair for pair in history.series["probe_rank"] if pair[0] >= settled(recipe)]
     if len(pairs) < 2:
         return None
     peak = max(value for _, value in pairs)
     if all(value < max(2.0, 0.2 * peak) for _, value in pairs[-2:]):
-        return Sign(f"effective rank of the probe slices {pairs[-1][1]:.1f}, was {peak:.1f}", pairs[-2][0])
+        return Sign(f"effective rank of the probe images {pairs[-1][1]:.1f}, was {peak:.1f}", pairs[-2][0])
     return None
 
 
@@ -278,11 +278,11 @@ def dense_fading(history: History, recipe: Recipe) -> Sign | None:
 
 RULES: tuple[Rule, ...] = (
     Rule("features collapsed", "fatal", features_collapsed,
-         "every slice gets the same features: the learning rate is too high, nothing keeps features apart, or the crops "
+         "every image gets the same features: the learning rate is too high, nothing keeps features apart, or the crops "
          "hold too little anatomy",
          "Halve optimiser.lr, choose objective.regulariser=sigreg, or raise views.min_crop_foreground"),
     Rule("projections collapsed", "fatal", projections_collapsed,
-         "all views of all slices are projected onto one point: SigReg is missing, too weak, or outrun by the learning rate",
+         "all views of all images are projected onto one point: SigReg is missing, too weak, or outrun by the learning rate",
          "Set objective.regulariser=sigreg or raise its weight, or halve optimiser.lr"),
     Rule("prototypes collapsed", "fatal", prototypes_collapsed,
          "the teacher gives every crop the same one-hot target, so centring does not balance them",
@@ -303,11 +303,11 @@ RULES: tuple[Rule, ...] = (
          "the teacher moves too slowly for the student: momentum too near 1 for the learning rate",
          "Lower optimiser.momentum or optimiser.lr"),
     Rule("near-duplicates", "warning", duplicates,
-         "slices that are all but equal in one batch: KoLeo pushes them apart without bound",
+         "images that are all but equal in one batch: KoLeo pushes them apart without bound",
          "Set objective.regulariser=sigreg, or prepare with --drop duplicates"),
     Rule("crops of background", "warning", background,
-         "the slices hold little anatomy, or content-aware cropping is off",
-         "Raise views.min_image_foreground and views.min_crop_foreground"),
+         "slices or volumes hold little anatomy, or content-aware cropping is off",
+         "Raise views.min_crop_foreground, and for slices views.min_image_foreground"),
     Rule("data starvation", "warning", starved,
          "pixels are made more slowly than the device trains on them",
          "Raise run.num_workers, or put the store on a faster disk"),

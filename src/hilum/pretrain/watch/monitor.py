@@ -1,37 +1,34 @@
 """Watches a run: numbers for its log, a verdict, and pictures of the same few slices as training goes on.
 
-Every probe_every steps the teacher encodes the same slices: the first of the sampler, whole, without augmentation. So rank and
-spread compare over time and machines at one N, nothing has to be carried in checkpoints, and one pass serves rank, k-NN
-and pictures. 256 slices cost the teacher about as much as 20 slices cost a step (ViT-B, 2 × 256 + 8 × 96 px).
+Every probe_every steps the teacher encodes the same slices or volumes (`samples.py`): the first of the sampler, whole, without
+augmentation. So rank and spread compare over time and machines at one N, nothing has to be carried in checkpoints, and one
+pass serves rank, k-NN and pictures. 256 slices cost the teacher about as much as 20 slices cost a step (ViT-B, 2 × 256 +
+8 × 96 px).
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hilum.encode.contract import Contract, normalise_slice, resize
 from hilum.encode.vit import Tokens, ViT
 from hilum.pretrain.cost import flops_per_image
 from hilum.pretrain.distill import Learner
-from hilum.pretrain.loader import Drawn, Slices
+from hilum.pretrain.loader import Slices
 from hilum.pretrain.ranks import num_ranks, rank
 from hilum.pretrain.recipe import Recipe
+from hilum.pretrain.volume_loader import Crops
 from hilum.pretrain.watch.diagnose import Diagnosis, History, diagnose
 from hilum.pretrain.watch.health import measure_peak, probe_health, update_ratio
 from hilum.pretrain.watch.online import Labelled, probe_scores
+from hilum.pretrain.watch.samples import ProbeItems, plane_of_voxels, read_probe, write_samples
 from hilum.records import write_atomic
 
-NUM_PROBE = 256
-NUM_STUDENT = 32  # of them, also seen by the student
+NUM_STUDENT = 32  # of the probe items, also seen by the student
 NUM_PICTURES = 6
-NUM_SAMPLES = 4
 CHUNK = 32
 
 
@@ -39,14 +36,13 @@ class Monitor:
     """Call `observe` after each step and before its line is written, on every rank; then `verdict`."""
 
     def __init__(
-        self, recipe: Recipe, learner: Learner, optimiser: torch.optim.AdamW, slices: Slices, out: Path,
+        self, recipe: Recipe, learner: Learner, optimiser: torch.optim.AdamW, samples: Slices | Crops, out: Path,
         device: torch.device, labelled: Labelled | None = None,
     ) -> None:  # fmt: skip
-        self.recipe, self.learner, self.optimiser, self.slices, self.out = recipe, learner, optimiser, slices, out
+        self.recipe, self.learner, self.optimiser, self.samples, self.out = recipe, learner, optimiser, samples, out
         self.device, self.labelled = device, labelled
         self.history = History()
-        self.images: Tensor | None = None  # of the probe slices, read when first needed
-        self.grids: list[NDArray[np.float32]] = []  # where the anatomy lies in those that are pictured
+        self.items: ProbeItems | None = None  # read when first needed
         blocks: Any = _backbone(learner, "student").blocks
         self.watched: torch.nn.Parameter = blocks[len(blocks) // 2].attn.qkv.weight
 
@@ -91,10 +87,12 @@ class Monitor:
     @torch.no_grad()
     def _probe(self, step: int) -> dict[str, float]:
         """Encode the probe slices. Every rank does, since weights may be sharded; they would wait for this one anyway."""
-        if self.images is None:
-            self.images = self._read_probe()
-        teacher = self._encode("teacher", self.images)
-        student = self._encode("student", self.images[:NUM_STUDENT])
+        if self.items is None:
+            self.items = read_probe(self.samples, NUM_PICTURES)
+            if rank() == 0:
+                write_samples(self.out / "snapshots" / "samples.npz", self.samples)
+        teacher = self._encode("teacher", self.items.images)
+        student = self._encode("student", self.items.images[:NUM_STUDENT])
         found = probe_health(teacher, student.cls)
         if self.labelled is not None:
             found |= probe_scores(self._encode("teacher", self.labelled.images).cls.numpy(), self.labelled)
@@ -102,15 +100,6 @@ class Monitor:
         if rank() == 0 and (number & (number - 1) == 0 or step == self.recipe.run.steps - 1):
             self._write_snapshot(step, teacher)
         return found
-
-    def _read_probe(self) -> Tensor:
-        side = (self.recipe.views.global_px,) * 2
-        if rank() == 0:
-            write_samples(self.out / "snapshots" / "samples.npz", self.slices)
-        drawn = [self.slices.draw(sample) for sample in range(min(NUM_PROBE, self.slices.num_slices))]
-        self.grids = [self.slices.store.read_slice(d.key, d.z)[1].grid for d in drawn[:NUM_PICTURES]]
-        contract = self.slices.contract
-        return torch.stack([resize(whole_slice(d, contract)[None], side, contract.resampling)[0] for d in drawn]).half()
 
     def _encode(self, side: str, images: Tensor) -> Tokens:
         model = _backbone(self.learner, side)
@@ -124,71 +113,21 @@ class Monitor:
         return Tokens(*(torch.cat([p[n].float().cpu() for p in parts]) for n in range(3)))
 
     def _write_snapshot(self, step: int, tokens: Tokens) -> None:
-        assert self.images is not None
-        count = len(self.grids)
-        grid = tuple(self.recipe.views.global_px // side for side in self.recipe.model.patch)
-        shares = torch.from_numpy(np.stack(self.grids))[:, None]
+        assert self.items is not None
+        count, patch = len(self.items.foreground), self.recipe.model.patch
+        images = self.items.images[:count, 0].numpy()
+        grid = [side // p for side, p in zip(images.shape[1:], patch)]
+        maps = tokens.patches[:count].half().numpy().reshape(count, *grid, -1)
+        if self.recipe.is_3d:
+            images, maps = plane_of_voxels(images, patch[0]), maps[:, grid[0] // 2]
         with (
             write_atomic(self.out / "snapshots" / f"step-{step:08d}.npz") as temporary,
             open(temporary, "wb") as handle,
         ):
-            np.savez_compressed(
-                handle,
-                images=self.images[:count, 0].numpy(),
-                foreground=resize(shares, (grid[0], grid[1]), "bilinear")[:, 0].numpy() > 0.5,
-                tokens=tokens.patches[:count].half().numpy().reshape(count, *grid, -1),
-            )
+            np.savez_compressed(handle, images=images, foreground=self.items.foreground, tokens=maps)
 
 
 def _backbone(learner: Learner, side: str) -> ViT:
     model = getattr(learner, side)["backbone"]
     assert isinstance(model, ViT)
     return model
-
-
-def whole_slice(drawn: Drawn, contract: Contract) -> Tensor:
-    """The slice of a sample as an encoder is given it, (1, Y, X), at its own size."""
-    source = drawn.source
-    pixels = source.stored.astype(np.float32) * np.float32(source.slope) + np.float32(source.intercept)
-    return normalise_slice(pixels, source.unit, contract)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A training sample as the model saw it: the whole slice, its crops in float16, what was drawn of each."""
-
-    pixels: np.ndarray[Any, Any]
-    crops: list[np.ndarray[Any, Any]]
-    views: list[dict[str, Any]] = field(default_factory=list)
-
-
-def write_samples(path: Path, slices: Slices) -> None:
-    """Keep the first training samples for the page of the run: the slice, its crops, boxes and masks."""
-    arrays: dict[str, Any] = {}
-    for number in range(NUM_SAMPLES):
-        drawn = slices.draw(number)
-        arrays[f"{number}.pixels"] = whole_slice(drawn, slices.contract)[0].half().numpy()
-        for n, (view, crop) in enumerate(zip(drawn.views, slices.render_alone(drawn))):
-            about = {
-                "box": view.box,
-                "foreground": view.foreground,
-                "rejected": view.rejected,
-                "mask": None if view.mask is None else view.mask.astype(int).tolist(),
-            }
-            arrays[f"{number}.crop{n:02d}"] = crop.astype(np.float16)
-            arrays[f"{number}.view{n:02d}"] = np.array(json.dumps(about))
-    with write_atomic(path) as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, **arrays)
-
-
-def read_samples(path: Path) -> list[Sample]:
-    with np.load(path, allow_pickle=False) as found:
-        names = sorted(found.files)
-        return [
-            Sample(
-                found[f"{n}.pixels"],
-                [found[name] for name in names if name.startswith(f"{n}.crop")],
-                [json.loads(str(found[name])) for name in names if name.startswith(f"{n}.view")],
-            )
-            for n in range(len([name for name in names if name.endswith(".pixels")]))
-        ]

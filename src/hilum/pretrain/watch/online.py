@@ -1,4 +1,4 @@
-"""The probe that runs beside training: labelled slices of the store, and how well frozen features tell their labels apart."""
+"""The probe that runs beside training: labelled images of the store, and how well frozen features tell their labels apart."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +11,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hilum.archive.privacy import Key
+from hilum.archive.store.index import Row
 from hilum.archive.store.store import Store
 from hilum.encode.contract import Contract, prepare_slice
 from hilum.errors import LabelsError
 from hilum.metrics import auroc, r2
+from hilum.pretrain.volume_loader import Crops
+from hilum.pretrain.watch.samples import middle_crop
 from hilum.probe.fit import choose_task
 from hilum.probe.heads.head import Task
 from hilum.probe.heads.knn import KNNProbe
 from hilum.probe.labels import Features, Labels, match_cases, read_labels
 
-MAX_SLICES = 512
+MAX_SLICES, MAX_VOLUMES = 512, 128
 RIDGE = 100.0  # penalty on standardised features, as the linear probe's when it cannot choose
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Slices with labels.
+    """Slices or volumes with labels.
 
-    images   (N, 1, S, S) float16, prepared by the contract
+    images   (N, 1, S, S) float16, prepared by the contract; of volumes (N, 1, Z, Y, X), the middle of each
     y        (N,) class numbers, or values
-    half     (N,) 0 or 1: which half of the patients a slice belongs to
+    half     (N,) 0 or 1: which half of the patients an image belongs to
     """
 
     target: str
@@ -40,9 +43,10 @@ class Labelled:
     half: NDArray[np.intp]
 
 
-def read_labelled(store: Store, contract: Contract, path: Path, target: str, key: Key | None = None) -> Labelled:
-    """Up to 512 labelled slices of a store.
+def read_labelled(store: Store, shown: Contract | Crops, path: Path, target: str, key: Key | None = None) -> Labelled:
+    """Up to 512 labelled slices of a store, or 128 volumes.
 
+    shown   what slices are prepared by; or the volumes that are trained on, of which the middle is shown
     path    CSV or Parquet with file, series_uid or patient_id (hashed on the fly), or series or patient (hashes); with a
             `slice` column a label belongs to that slice, else to the slice of the scan with most anatomy
     target  column to predict
@@ -51,18 +55,27 @@ def read_labelled(store: Store, contract: Contract, path: Path, target: str, key
     patients or classes are left.
     """
     labels = read_labels(path)
+    if isinstance(shown, Crops) and "slice" in labels.columns:
+        raise LabelsError(f"{path} has labels of slices; an encoder of volumes is probed with labels of scans")
+    most = MAX_VOLUMES if isinstance(shown, Crops) else MAX_SLICES
     places, features = _candidates(store, labels)
     cases = match_cases(features, labels, target=target, groups=None, patients=None, key=key)
     if not len(cases.index):
-        raise LabelsError(f"no slice of the store has a value of '{target}'")
-    chosen = np.unique(np.linspace(0, len(cases.index) - 1, min(len(cases.index), MAX_SLICES)).round().astype(int))
+        raise LabelsError(f"nothing in the store has a value of '{target}'")
+    chosen = np.unique(np.linspace(0, len(cases.index) - 1, min(len(cases.index), most)).round().astype(int))
     texts = [cases.target[n] for n in chosen]
     task, _ = choose_task(texts, own_column=False)
     y: NDArray[Any] = np.array(texts, float) if task == "regression" else np.unique(texts, return_inverse=True)[1]
     rows = [(store.rows[places[i][0]], places[i][1]) for i in cases.index[chosen]]
     half = _halves([row.patient or row.key for row, _ in rows], y, task)
-    images = [prepare_slice(store.read_slice(row.key, z)[0], row.modality, row.unit, contract) for row, z in rows]
+    images = [_image(store, row, z, shown) for row, z in rows]
     return Labelled(target, task, torch.stack(images).half(), y, half)
+
+
+def _image(store: Store, row: Row, z: int, shown: Contract | Crops) -> Tensor:
+    if isinstance(shown, Crops):
+        return middle_crop(shown, row.key, shown.shapes[0][0])
+    return prepare_slice(store.read_slice(row.key, z)[0], row.modality, row.unit, shown)
 
 
 def _candidates(store: Store, labels: Labels) -> tuple[list[tuple[int, int]], Features]:

@@ -140,8 +140,9 @@ def sample_sheet(
     figure, cells = _night(len(samples), 1 + num_crops)
     _title(cells[0, 0], "slice and boxes")
     for n in range(num_crops):
-        size = next((len(crops[n][0]) for _, _, _, crops in samples if n < len(crops)), 0)
-        _title(cells[0, 1 + n], f"{'global' if n < 2 else 'local'}, {size} px")
+        sides = {crops[n][0].shape for _, _, _, crops in samples if n < len(crops)}
+        size = f", {'×'.join(map(str, dict.fromkeys(sides.pop())))} px" if len(sides) == 1 else ""
+        _title(cells[0, 1 + n], f"{'global' if n < 2 else 'local'}{size}")
     for row, (pixels, accepted, rejected, crops) in zip(cells, samples):
         limits = window(pixels, "")
         _slice(row[0], pixels, limits)
@@ -172,7 +173,7 @@ def _shade(place: Axes, mask: Array, shape: tuple[int, ...]) -> None:
 def pca_over_time(images: Array, foreground: Array, snapshots: Sequence[tuple[int, Array]]) -> Figure:
     """Slices, and the first three principal components of their patch tokens as red, green and blue, step by step.
 
-    images      (N, S, S); foreground (N, rows, columns) bool: patches that fit the components and are coloured
+    images      (N, Y, X); foreground (N, rows, columns) bool: patches that fit the components and are coloured
     snapshots   (step, tokens (N, rows, columns, D))
 
     Components are those of one step over all slices; each step's are turned onto those of the last (orthogonal Procrustes),
@@ -211,18 +212,18 @@ def similarity_over_time(images: Array, foreground: Array, snapshots: Sequence[t
     _title(cells[0, 0], "slice and patch")
     rows, columns = foreground.shape[1:]
     for n, (pixels, inside) in enumerate(zip(images, foreground)):
-        limits, side = window(pixels, ""), len(pixels)
+        limits, (height, width) = window(pixels, ""), pixels.shape
         j, i = query_patch(inside)
         _slice(cells[n, 0], pixels, limits)
         ring = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": LETTER, "markeredgewidth": 1.4}
-        cells[n, 0].plot((i + 0.5) / columns * side - 0.5, (j + 0.5) / rows * side - 0.5, "o", **ring)
+        cells[n, 0].plot((i + 0.5) / columns * width - 0.5, (j + 0.5) / rows * height - 0.5, "o", **ring)
         for place, (step, tokens) in zip(cells[n, 1:], snapshots):
             if n == 0:
                 _title(place, f"step {step:,}")
             unit = tokens[n] / np.maximum(np.linalg.norm(tokens[n], axis=-1, keepdims=True), 1e-12)
             alike = unit @ unit[j, i]
             _slice(place, pixels, limits)
-            extent = (-0.5, side - 0.5, side - 0.5, -0.5)
+            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
             place.imshow(alike, cmap="inferno", vmin=0, vmax=1, alpha=0.72, extent=extent, interpolation="nearest")
     return figure
 

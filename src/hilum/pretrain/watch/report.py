@@ -16,9 +16,9 @@ from hilum.pretrain.loop import read_lines
 from hilum.pretrain.presets import RECIPES
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.watch.diagnose import RULES
-from hilum.pretrain.watch.monitor import read_samples
 from hilum.pretrain.watch.pictures import Chart, charts, pca_over_time, sample_sheet, similarity_over_time
 from hilum.pretrain.watch.rescue import Events
+from hilum.pretrain.watch.samples import read_samples
 from hilum.records import read_json
 from hilum.settings import differences, from_dict, to_dict
 
@@ -88,9 +88,14 @@ def show_run(folder: str | Path, out: str | Path) -> dict[str, Any]:
 
 def _lead(story: Story) -> str:
     model, run = story.recipe.model, story.recipe.run
+    what = "volumes" if story.recipe.is_3d else "slices"
+    too_small = len(story.record.get("left_out", ()))
+    left_out = (
+        f" {too_small:,} more fit no shape of a crop and were left out; run.json names them." if too_small else ""
+    )
     return (
-        f"A {model.size} vision transformer that learns from unlabelled slices: {run.steps:,} steps of {run.batch_size:,} "
-        f"slices. Store {story.record['store_hash']}, recipe {story.record['recipe_hash']}."
+        f"A {model.size} vision transformer that learns from unlabelled {what}: {run.steps:,} steps of {run.batch_size:,} "
+        f"{what}.{left_out} Store {story.record['store_hash']}, recipe {story.record['recipe_hash']}."
     )
 
 
@@ -129,7 +134,7 @@ def _panel(
 
 
 def _add_curves(page: Page, story: Story) -> None:
-    objective = story.recipe.objective
+    objective, what = story.recipe.objective, "volumes" if story.recipe.is_3d else "slices"
     events = [(e["step"], REJECTED if e["severity"] == "fatal" else SERIES[1])
               for e in story.events if e["kind"] == "diagnosis"]  # fmt: skip
     events += [(e["to"], SERIES[3]) for e in story.events if e["kind"] == "roll_back"]
@@ -142,7 +147,7 @@ def _add_curves(page: Page, story: Story) -> None:
     _figure(page, [
         _panel(story, "loss", ["loss"]),
         _panel(story, "cross-entropies", ["dino", "ibot"], marks=cold),
-        _panel(story, "distance between views", [("invariance", "slices"), ("patch_invariance", "places")]),
+        _panel(story, "distance between views", [("invariance", "images"), ("patch_invariance", "places")]),
         _panel(story, "SigReg", [("sigreg", "batch"), ("patch_sigreg", "places")], marks=normal, log=True),
         _panel(story, "KoLeo", ["koleo"]),
         _panel(story, "distance to the anchor's Gram matrices", ["gram"]),
@@ -152,10 +157,10 @@ def _add_curves(page: Page, story: Story) -> None:
     ], events, "Thin: each step; thick: running median. Upright: verdicts (red: fatal), roll-backs (violet)." + (
         " At ln K of K prototypes DINO's loss says nothing; iBOT's is lower when crops without a mask count as 0."
         if cold else ""))  # fmt: skip
-    page.section("Do the features live?", "Measured on the same slices throughout, so the numbers compare over time.")
+    page.section("Do the features live?", f"Measured on the same {what} throughout, so the numbers compare over time.")
     _figure(page, [
-        _panel(story, "effective rank (RankMe)", [("probe_rank", "fixed slices"), ("rank", "batch")]),
-        _panel(story, "spread of features", [("probe_spread", "fixed slices"), ("spread", "batch")],
+        _panel(story, "effective rank (RankMe)", [("probe_rank", f"fixed {what}"), ("rank", "batch")]),
+        _panel(story, "spread of features", [("probe_spread", f"fixed {what}"), ("spread", "batch")],
                marks=[(0.05, "collapse")]),
         _panel(story, "online probe (AUC or R²)", [("knn", "k-NN"), ("linear", "linear")]),
         _panel(story, "class token against its patches, cosine", ["probe_class_patch"]),
@@ -199,10 +204,20 @@ def _add_samples(page: Page, story: Story) -> None:
     page.section("What the model is shown")
     page.figure(
         sample_sheet(rows, num_crops),
-        "The first samples of the run. Green: boxes of the crops shown; red, dotted: boxes drawn before that held too little "
-        "anatomy. Blue patches are hidden from the student, which has to guess them. Grey where a slice is black, or flat: a "
-        "display window drawn as augmentation.",
+        _VOLUME_SAMPLES if story.recipe.is_3d else _SLICE_SAMPLES,
     )
+
+
+_SLICE_SAMPLES = (
+    "The first samples of the run. Green: boxes of the crops shown; red, dotted: boxes drawn before that held too little "
+    "anatomy. Blue patches are hidden from the student, which has to guess them. Grey where a slice is black, or flat: a "
+    "display window drawn as augmentation."
+)
+_VOLUME_SAMPLES = (
+    "The first samples of the run: an axial plane through the middle of the first crop, in green the boxes of all crops shown "
+    "as they look from above, and the middle plane of each crop, whose axes may have been laid otherwise and flipped. Blue "
+    "patches are hidden from the student, which has to guess them. Flat where a window was drawn as augmentation."
+)
 
 
 def _add_features(page: Page, story: Story) -> int:
@@ -216,12 +231,14 @@ def _add_features(page: Page, story: Story) -> int:
             images, foreground = found["images"].astype(np.float32), found["foreground"]
             snapshots.append((int(paths[number].stem.removeprefix("step-")), found["tokens"].astype(np.float32)))
     page.section(
-        "What the features see", "Patch tokens of the teacher, the encoder that is exported, on the same slices."
+        "What the features see",
+        "Patch tokens of the teacher, the encoder that is exported, on the same slices, or in "
+        "the middle plane of the same volumes.",
     )
     page.figure(
         pca_over_time(images, foreground, snapshots),
         "The three main directions of the patch tokens as red, green and blue: equal colours are equal features, across "
-        "slices and patients. Organs should come to have colours of their own.",
+        "images and patients. Organs should come to have colours of their own.",
     )
     page.figure(
         similarity_over_time(images[:4], foreground[:4], [(s, t[:4]) for s, t in snapshots]),
