@@ -76,3 +76,8 @@ def test_the_page_about_heads_runs() -> None:
     for block in shown:
         exec(compile(block, "docs/heads.md", "exec"), names)
     assert np.asarray(names["honest"]).shape == (5, 2)
+
+
+def test_the_page_on_retrieval_runs() -> None:
+    (block,) = [block for block in blocks(PAGES / "retrieval.md") if not block.startswith("hilum ")]
+    exec(compile(block, "docs/retrieval.md", "exec"), {})

@@ -11,7 +11,7 @@ import typer
 from hilum.cli_bench import bench_app
 from hilum.cli_embed import embed
 from hilum.cli_models import doctor, export, info, models, pull
-from hilum.cli_predict import predict
+from hilum.cli_predict import erase, predict
 from hilum.cli_pretrain import plan, pretrain
 from hilum.cli_store import resample, store_app
 from hilum.errors import EXIT_BUG, EXIT_INPUT_REFUSED, EXIT_INTERRUPTED, EXIT_SOME_LEFT_OUT, HilumError
@@ -216,6 +216,7 @@ def probe(
 
 
 app.command()(predict)
+app.command()(erase)
 
 
 @app.command()

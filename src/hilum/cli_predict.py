@@ -1,4 +1,4 @@
-"""`hilum predict`: a scan and a trained head → classes with probabilities, or numbers."""
+"""`hilum predict`: a scan and a trained head → classes with probabilities, or numbers. `hilum erase`: features → features."""
 
 import csv
 import io
@@ -39,6 +39,31 @@ def predict(
         writer.writerows(found.rows)
         write_text(out, text.getvalue())
     print_result(asdict(found), as_json, _text(found, out))
+
+
+def erase(
+    features: Annotated[Path, typer.Argument(metavar="FEATURES", help="A feature table of hilum embed.")],
+    nuisances: Annotated[Path, typer.Option(help="CSV or Parquet that names cases as labels do (docs/start.md).")],
+    columns: Annotated[str, typer.Option(help="Of that table, with commas: vendor,kernel,thickness.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Feature table to write.")],
+    train: Annotated[
+        str, typer.Option(help="COLUMN=VALUE: cases to learn from, e.g. split=train; default: all named.")
+    ] = "",
+    level: Annotated[str | None, typer.Option(help="slice, region or volume, where the table holds several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Features without what a linear probe could tell of scanner and protocol (least-squares concept erasure)."""
+    from hilum.probe.erase_table import erase_table
+
+    names = tuple(dict.fromkeys(name.strip() for name in columns.split(",") if name.strip()))
+    told = erase_table(features, nuisances, names, out, train=train, level=level)
+    text = (
+        f"{out}: {told['num_rows']:,} rows without {', '.join(told['nuisances'])}; {told['rank']} directions, learnt from "
+        f"{told['num_cases']:,} cases of {told['num_patients']:,} patients (shrinkage {told['shrinkage']:.3f})"
+    )
+    notes = [f"{name}: {number:,} cases without a value" for name, number in told["missing"].items() if number]
+    notes += ["learnt from all cases: a test on them knows their scanners; --train split=train"] if not train else []
+    print_result(told, as_json, "\n".join([text, *notes]))
 
 
 def _text(found: "Predicted", out: Path | None) -> str:

@@ -427,6 +427,10 @@ def ct_rate(root: Path) -> None:
             ["VolumeName", *CT_RATE_18],
             rows,
         )
+        header = {"VolumeName": f"{names[0]}.nii.gz", "Manufacturer": "Siemens Healthineers", "PatientSex": "M"}
+        header |= {"PatientAge": "036Y", "ReconstructionDiameter": "350", "ConvolutionKernel": "['Br60f', '3']"}
+        name = {"train": "train", "valid": "validation"}[part]
+        table(root / f"CT-RATE/dataset/metadata/{name}_metadata.csv", list(header), [list(header.values())])
 
 
 def ictcf(root: Path) -> None:

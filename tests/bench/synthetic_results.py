@@ -75,7 +75,7 @@ def draw_outputs(task: Task, target: np.ndarray, skill: float, rng: np.random.Ge
         out[:, 2::4], out[:, 3::4] = far, far / 3
         return out
     if task.kind == "retrieval":
-        return np.sort(rng.beta(1 + skill, 4, (number, 3)), axis=1)
+        return np.c_[np.sort(rng.beta(1 + skill, 4, (number, 3)), axis=1), np.full(number, 99.0)]
     mean = 50 + (target - 50) * skill / (skill + 0.5)
     return mean + rng.normal(0, 6, target.shape)
 

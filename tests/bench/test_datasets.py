@@ -11,6 +11,7 @@ import pytest
 
 from hilum.bench.catalogue.tasks import DATASETS, TASKS
 from hilum.bench.datasets import READERS, read_cases, read_region, read_scan, read_truth, source_hash
+from hilum.bench.nuisances import nuisances_of
 from hilum.bench.task import Case
 from hilum.volume import orient
 
@@ -112,7 +113,10 @@ EXPECTED: dict[str, tuple[str, dict[str, tuple[Any, ...]]]] = {
             "valid_1_a_1": (*FINDINGS, "test"), "valid_1_a_2": (*FINDINGS, "test"), "valid_2_b_1": (*[0.0] * 18, "test"),
         },
     ),
-    "voxelfm:CT-RATE-retrieval": ("CT-RATE", {"valid_1_a_1": (*FINDINGS, "test")}),
+    "voxelfm:CT-RATE-retrieval": (
+        "CT-RATE",
+        {"train_1_a_1": (*FINDINGS, "train"), "valid_1_a_1": (*FINDINGS, "test")},
+    ),
     "voxelfm:RSNA-STR": ("RSNA-STR", {"1.1.5": (1,), "1.2.5": (0,)}),
     "voxelfm:iCTCF-Covid": ("iCTCF", {"Patient_1": (1,), "Patient_2": (0,)}),
     "voxelfm:iCTCF-severity": ("iCTCF", {"Patient_1": (1,), "Patient_2": (0,), "Patient_3": (0,)}),
@@ -286,3 +290,12 @@ def test_label_maps_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     other = made.mask((2, (6, 7), (3, 9), (3, 8)))
     made.nifti(tmp_path / "KiTS23/dataset/case_00000/segmentation.nii.gz", other)
     assert read_cases(tmp_path, task, cache=cache).cases[0].slices == (6,)
+
+
+def test_ct_rate_ships_its_headers(folders):
+    """The publisher's table comes first, the NIfTI header says the rest; a scan without a row has only that."""
+    found = read_cases(folders("CT-RATE"), TASKS["voxelfm:CT-RATE"])
+    first, second = nuisances_of(found.cases[:2])
+    told = {"vendor": "SIEMENS", "kernel": "Br60f", "sex": "M", "age": 36.0, "field_of_view": 350.0}
+    assert first == told | {name: second[name] for name in ("spacing", "thickness")}
+    assert set(second) == {"spacing", "thickness", "field_of_view"}

@@ -9,6 +9,7 @@ import pytest
 
 from hilum.bench.check import describe
 from hilum.bench.datasets import read_region, read_scan, read_truth
+from hilum.bench.nuisances import nuisances_of
 from hilum.bench.own_tasks import read_own_task
 from hilum.bench.splits import split_cases
 from hilum.errors import UsageError
@@ -84,6 +85,18 @@ def test_labels_of_every_kind(
     assert seen == {patient: target for patient, target in zip("AB", expected) if target is not None}
     if kind == "localisation":
         assert found.problems[0].found == "row 1: a place outside of the scan"
+
+
+def test_nuisances_of_a_table_go_before_those_of_the_header(folder: Path) -> None:
+    """A column of numbers stays numbers, one with a word is words; of the header what the table does not say."""
+    data = PLACES + 'slice = "slice"\nnuisances = ["months", "side", "a", "b"]'
+    _, found = read_own_task(toml(folder, "classification", "slice", "accuracy", data))
+    first, second = nuisances_of(found.cases)
+    steps = read_scan(found.cases[0]).spacing_mm
+    assert {name: first[name] for name in ("months", "side", "a")} == {"months": 12.5, "side": "fold1", "a": 1.0}
+    assert "b" not in first
+    assert second["b"] == 1.0
+    assert (first["thickness"], first["spacing"]) == pytest.approx((steps[0], steps[1]), abs=1e-3)
 
 
 def test_labels_from_masks(folder: Path) -> None:

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import hilum
 from hilum.archive.labels import read_labels
+from hilum.archive.phantom import make_anatomy, sample_patient
+from hilum.bench.nuisances import nuisances_of
+from hilum.bench.phantom.scanners import MATRIX, sample_scanner, scan_with
 from hilum.bench.phantom.scans import SOLID, PhantomSettings, write_phantom_scans
 from hilum.bench.phantom.tasks import FINDINGS, ORGAN_CLASSES, PHANTOM_TASKS, read_phantom
 from hilum.bench.run.scans import CaseReader
@@ -66,19 +70,70 @@ def read_json_names():
     return dict(enumerate(ORGANS))
 
 
-def test_the_centre_of_a_lesion_lies_in_it_and_segmentation_has_its_classes(phantom_root):
+def test_segmentation_has_its_classes(phantom_root):
     reader = CaseReader()
-    _, cases = cases_of("lesion-centre", phantom_root)
     task, solid = cases_of("solid-organs", phantom_root)
-    by_patient = {case.patient: case for case in cases}
     for truth_case in solid:
         labels = reader.truth(task, truth_case).voxels
         assert set(np.unique(labels)) <= set(range(len(SOLID) + 1))
         assert (labels == 2).any()
-        case = by_patient[truth_case.patient]
-        organs = read_labels(case.scan.path.with_name("organs.nii.gz"), None).volume.voxels
-        k, j, i = (round(c) for c in case.target)
-        assert (organs[max(k - 1, 0) : k + 2, max(j - 3, 0) : j + 4, max(i - 3, 0) : i + 4] == 17).any()
+
+
+def test_a_nodule_lies_where_its_label_says(phantom_root):
+    """An oracle without a model: soft tissue at the centre, and the crop holds it."""
+    _, cases = cases_of("lesion-centre", phantom_root)
+    for case in cases:
+        vol = hilum.read(case.scan.path)
+        at = tuple(np.round(case.target).astype(int))
+        assert all(0 <= place < size for place, size in zip(at, vol.shape))
+        assert vol.voxels[at] > -100  # lung is at -850
+    places = np.array([case.target for case in cases])
+    assert places[:, 1:].std(0).min() > 1
+
+
+def test_the_brightness_of_a_tumour_orders_deaths(phantom_root):
+    """What the survival task asks for can be seen: HU of lesion minus liver follows the hazard that was drawn."""
+    _, cases = cases_of("survival", phantom_root)
+    contrast, hazard = [], []
+    for case in cases:
+        vol, organ = hilum.read(case.scan.path), read_labels(case.region.source.path, None).volume.voxels
+        contrast.append(vol.voxels[organ == 17].mean() - np.median(vol.voxels[organ == 6]))
+        hazard.append(read_json(case.scan.path.with_name("labels.json"))["hazard_per_year"])
+    assert stats.spearmanr(contrast, hazard)[0] > 0.9
+
+
+def test_scanners_are_known_and_say_nothing_of_findings(phantom_root):
+    _, cases = cases_of("retrieval", phantom_root)
+    assert [sum(case.target) for case in cases] == [1.0] * len(cases)
+    assert {case.split for case in cases} == {"train", "test"}
+    for case, told in zip(cases, nuisances_of(cases)):
+        vol = hilum.read(case.scan.path)
+        assert vol.shape[1:] == (MATRIX, MATRIX)
+        assert set(told) == {"vendor", "kernel", "thickness", "field_of_view", "spacing", "sex"}
+        assert vol.spacing_mm == pytest.approx((told["thickness"], told["spacing"], told["spacing"]), abs=1e-3)
+    drawn = [sample_scanner(np.random.default_rng(n)) for n in range(600)]
+    shares = np.unique([one["vendor"] + one["kernel"] for one in drawn], return_counts=True)[1] / 600
+    assert shares == pytest.approx(np.full(9, 1 / 9), abs=0.05)
+
+
+def test_kernels_and_findings_look_as_they_should():
+    """The same body: a sharp kernel is noisier than a soft one, an effusion fills lung with fluid; nothing else moves."""
+    anatomy = make_anatomy(sample_patient(0), 12, 48)
+    scanner = sample_scanner(np.random.default_rng(0))
+
+    def scan(finding: str, **other: str):
+        return scan_with(anatomy, finding, scanner | other, np.random.default_rng(1))[0].astype(float)
+
+    def roughness(kernel: str) -> float:
+        return float(np.abs(np.diff(scan("ileus", kernel=kernel), axis=2)).mean())
+
+    assert roughness("soft") < roughness("standard") < roughness("sharp")
+    filled = scan("pleural effusion", kernel="soft", vendor="HILUM NORTH")
+    without = scan("subcutaneous emphysema", kernel="soft", vendor="HILUM NORTH")
+    changed = np.abs(filled - without) > 300
+    assert 0.02 < changed.mean() < 0.4
+    lung = (without < -600) & (filled > -200)
+    assert lung.sum() > 50
 
 
 def test_the_window_around_a_lesion_shows_the_same_patient_place(phantom_root):

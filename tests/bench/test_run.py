@@ -9,21 +9,26 @@ import pytest
 import torch
 
 from hilum.archive.labels import read_labels
+from hilum.bench.judge.compare import compare_results
+from hilum.bench.judge.scoring import score_predictions
 from hilum.bench.phantom.scans import PhantomSettings, write_phantom_scans
 from hilum.bench.phantom.tasks import PHANTOM_TASKS
 from hilum.bench.predictions import read_predictions
 from hilum.bench.run import run as runner
-from hilum.bench.run.features import FeatureCache
-from hilum.bench.run.protocols import cross_tasks, expand_protocols, make_trials
+from hilum.bench.run.erasing import with_eraser
+from hilum.bench.run.features import CaseFeatures, FeatureCache, Vectors
+from hilum.bench.run.fitting import LabelMaps, Material, Names, fit_trials
+from hilum.bench.run.protocols import cross_tasks, erased_names, expand_protocols, make_trials
 from hilum.bench.run.retrieval import recalls
 from hilum.bench.run.run import BenchSettings, run_bench
+from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.suites import choose_tasks, open_task
 from hilum.encode.contract import Contract
 from hilum.encode.encoder import pixel_encoder, write_encoder
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import ViT
 from hilum.encode.volume_contract import VolumeContract
-from hilum.errors import InputError, UsageError
+from hilum.errors import InputError, LabelsError, UsageError
 from hilum.records import read_json, read_table, table_metadata
 
 SMALL = PhantomSettings(num_patients=24, num_heads=12, num_slices=10, matrix=32)
@@ -151,13 +156,14 @@ def _never(*_a, **_k):
 
 
 def test_features_are_shared_between_tasks_and_follow_their_files(tmp_path, root):
-    """findings and retrieval see the same volumes; a changed file is encoded again."""
+    """Two tasks that see the same volumes; a second cache reads what the first wrote."""
     cache = FeatureCache(tmp_path, pixel_encoder())
     encoded = []
     inner = cache._encode
     cache._encode = lambda todo, **k: encoded.append(len(todo)) or inner(todo, **k)  # type: ignore[method-assign]
-    (findings, f), (retrieval, r) = (open_task(task, root) for task in tasks_of("findings", "retrieval"))
-    one, two = cache.features(findings, f.cases), cache.features(retrieval, r.cases)
+    ((findings, f),) = (open_task(task, root) for task in tasks_of("findings"))
+    other = replace(findings, id="phantom:same-findings", kind="retrieval")
+    one, two = cache.features(findings, f.cases), cache.features(other, f.cases)
     assert encoded == [24]  # nothing was left for the second
     np.testing.assert_array_equal(one.vectors("class"), two.vectors("class"))
     again = FeatureCache(tmp_path, pixel_encoder()).features(findings, f.cases)
@@ -321,3 +327,76 @@ def test_scores_file_names_its_predictions(tmp_path, root):
     about = table_metadata(read_table(path))
     assert about["classes"] == ["none", "moderate", "severe"]
     assert about["metric"] == "auroc"
+
+
+def test_retrieval_erases_scanners_as_train_cases_teach(tmp_path):
+    """Features are made by hand: the scanner is most of them, the finding little. What is erased is written down."""
+    rng = np.random.default_rng(0)
+    task = replace(find_phantom("retrieval"), classes=("a", "b"))
+    number = 240
+    finding, vendor = rng.integers(0, 2, number), rng.integers(0, 3, number)
+    vectors = rng.normal(size=(number, 12)) + 4 * np.eye(12)[finding] + 30 * np.eye(12)[2 + vendor]
+    rows = [Vectors({"mean": vector.astype(np.float32)}, np.zeros(0, np.float32)) for vector in vectors]
+    material = Material(
+        task=task, cases=[f"c{n}" for n in range(number)], patients=[f"p{n // 2}" for n in range(number)],
+        splits=["train" if n < 100 else "test" for n in range(number)], targets=[(1.0 - f, float(f)) for f in finding],
+        features=CaseFeatures(keys=[""] * number, rows=rows, tokens=[None] * number, contract=None),
+        truth=LabelMaps(task, [], CaseReader()), contents=[""] * number,
+    )  # fmt: skip
+    names = Names(model="m", contract="c", features="mean", head="cosine", protocol="erased")
+    known = [{"vendor": "ABC"[v], "thickness": 1.0} for v in vendor]
+    erased, about = with_eraser(material, "mean", known, ())
+    assert (about["nuisances"], about["rank"], about["num_cases"], about["num_patients"]) == (["vendor"], 2, 100, 50)
+    values = []
+    for one in (material, erased):
+        table = fit_trials(one, [], names, seeds=1, seed=0)
+        score = score_predictions(table, "recall_at_10", num_resamples=50)
+        values.append(score.value)
+        assert score.num_cases == 140
+        assert "that lack the label, not 99" in score.notes[0]
+        negatives = np.array(table["output"].to_pylist())[:, 3]
+        assert score.chance == pytest.approx(
+            np.mean([np.mean(10 / (negatives[finding[100:] == c] + 1)) for c in (0, 1)]), rel=0.02
+        )
+    assert values[0] < 0.35 < 0.8 < values[1]
+    for nuisances, wanted, said in (
+        (known, ("kernel",), "kernel is not known"),
+        (known, ("thickness",), "always 1.0"),
+        ([{}] * number, (), "nothing varies"),
+    ):
+        with pytest.raises(LabelsError, match=said):
+            with_eraser(material, "mean", nuisances, wanted)
+    with pytest.raises(LabelsError, match="no train case"):
+        with_eraser(replace(material, splits=["test"] * number), "mean", known, ())
+
+
+def find_phantom(name: str):
+    return next(task for task in PHANTOM_TASKS if task.id == f"phantom:{name}")
+
+
+def test_the_erased_protocol_end_to_end(tmp_path, root):
+    """A finished folder goes on with it; both protocols are compared on the same cases; fit on train patients only."""
+    out, tasks = tmp_path / "out", tasks_of("retrieval", "organ")
+    first = run_bench(tasks[:1], ["pixels"], root, out, replace(QUICK, seeds=1))
+    assert first["tasks"]["phantom:retrieval"]["num_cases"] == {"train": 10, "test": 14}
+    both = replace(QUICK, seeds=1, protocols=("full", "erased:vendor", "erased:soul"))
+    result = run_bench(tasks[:1], ["pixels"], root, out, both)
+    assert {s["protocol"]: s["num_patients"] for s in result["scores"]} == {"full": 14, "erased:vendor": 14}
+    assert next(row["reason"] for row in result["left_out"]).endswith(
+        "soul is not known of any train case; known: field_of_view, kernel, sex, spacing, thickness, vendor"
+    )
+    found = compare_results(
+        out, first_is={"protocol": "erased:vendor"}, second_is={"protocol": "full"}, num_resamples=50
+    )
+    assert found.tasks[0].num_patients == 14
+    file = next((out / "predictions").glob("*erased-vendor*"))
+    assert table_metadata(read_table(file))["erased"]["num_patients"] == 10
+
+
+def test_protocols_that_erase():
+    assert expand_protocols(["erased", "erased:vendor+kernel"]) == ("erased", "erased:vendor+kernel")
+    assert erased_names("erased:vendor+kernel") == ("vendor", "kernel")
+    assert (erased_names("erased"), erased_names("full")) == ((), None)
+    for wrong in ("erased:", "erased:a+"):
+        with pytest.raises(UsageError, match="unknown"):
+            expand_protocols([wrong])

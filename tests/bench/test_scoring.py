@@ -151,7 +151,7 @@ def test_segmentation_leaves_absent_classes_out_and_counts_false_ones():
 def test_retrieval_has_a_query_once_for_each_of_its_labels():
     labels = np.repeat([0, 1], 20)
     cases = [f"c{n:02}" for n in range(20)] * 2
-    recalls = np.repeat([[0.0, 0.5, 1.0], [0.2, 0.2, 0.4]], 20, axis=0)
+    recalls = np.repeat([[0.0, 0.5, 1.0, 99], [0.2, 0.2, 0.4, 49]], 20, axis=0)
     found = score_predictions(make_table("retrieval", labels, recalls, cases=cases), "recall_at_10", **FEW)
     assert (found.value, found.num_patients) == (pytest.approx(0.7), 20)
     assert [c.value for c in found.per_class] == [1.0, pytest.approx(0.4)]

@@ -423,3 +423,40 @@ def test_several_levels_need_a_choice(tmp_path, labels):
     one = read_features(mixed, "volume")
     assert one.table.num_rows == len(one.vectors) == 60
     np.testing.assert_array_equal(one.vectors, read_features(_features(tmp_path / "g.parquet")).vectors[1::2])
+
+
+def test_a_table_is_erased_and_keeps_its_columns(tmp_path, hilum):
+    """Learnt from the training patients alone; a probe of the vendor falls to chance there; the head cannot be saved."""
+    rng = np.random.default_rng(0)
+    vendor = np.arange(NUM_PATIENTS) % 3 == 0
+    vectors = rng.normal(size=(NUM, 8)) + 3 * vendor[np.arange(NUM) // PER_PATIENT, None]
+    path = _features(tmp_path / "f.parquet", vectors)
+    rows = [
+        {"patient": KEY.hash("patient", f"P{n}"), "vendor": "AB"[int(vendor[n])], "part": "train" if n < 20 else "test"}
+        for n in range(NUM_PATIENTS - 1)  # the last one is in no table
+    ]
+    labels = _labels(tmp_path / "n.csv", rows)
+    command = ["erase", path, "--nuisances", labels, "--columns", "vendor", "-o", tmp_path / "g.parquet"]
+    code, text, error = hilum(*command, "--train", "part=train")
+    assert code == 0, error
+    assert "80 cases of 20 patients" in text
+    before, after = read_features(path), read_features(tmp_path / "g.parquet")
+    assert after.table.equals(before.table)
+    z = np.repeat(vendor, PER_PATIENT)[:80].astype(float)
+    left = (after.vectors[:80] - after.vectors[:80].mean(0)).T @ (z - z.mean()) / 80
+    assert np.abs(left).max() < 1e-6  # float32
+    assert np.abs(after.vectors - before.vectors)[-PER_PATIENT:].max() > 0.1  # unnamed rows, too
+    about = table_metadata(read_table(tmp_path / "g.parquet"))
+    assert about["contract"] == "c0ffee"
+    assert (about["erased"]["nuisances"], about["erased"]["num_patients"]) == (["vendor"], 20)
+    for wrong, said in (
+        (["--train", "part=none"], "no case has part=none"),
+        (["--columns", "kernel"], "no column 'kernel'"),
+        (["-o", path], "would replace"),
+    ):
+        code, _, error = hilum(*command, *wrong)
+        assert code != 0
+        assert said in error
+    code, _, error = hilum("erase", tmp_path / "g.parquet", *command[2:6], "-o", tmp_path / "h.parquet")
+    assert code == 2
+    assert "erased before" in error

@@ -75,6 +75,7 @@ class OwnData:
     mask_value   column with the number that is inside; "": `mask_values`
     mask_values  numbers that are inside; []: all but zero. Of a segmentation the numbers of the classes, in their order
     modality     column that overrides [task] modality
+    nuisances    columns that `--protocol erased` takes out: words, or numbers where every cell is one; an empty cell is missing
     """
 
     table: str = ""
@@ -96,6 +97,7 @@ class OwnData:
     mask_value: str = ""
     mask_values: tuple[int, ...] = ()
     modality: str = ""
+    nuisances: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,15 +199,18 @@ class _Reader:
     def __init__(self, into: Collector, data: OwnData, table: Path) -> None:
         self.into, self.data, self.table, self.task = into, data, table, into.task
         self.sides: dict[str, Split] = {}
+        self.words: set[str] = set()  # nuisances that are no numbers
         for side, entries in (("train", data.train), ("val", data.val), ("test", data.test)):
             self.sides |= dict.fromkeys(entries, side)  # type: ignore[arg-type]
 
     def read(self) -> None:
         data = self.data
         labels = data.label if data.label_from == "column" and self.task.kind != "segmentation" else ()
-        others = (data.id, data.split, data.slice, data.mask, data.mask_value, data.modality)
+        others = (data.id, data.split, data.slice, data.mask, data.mask_value, data.modality, *data.nuisances)
         columns = list(dict.fromkeys([data.scan, data.patient, *labels, *(name for name in others if name)]))
         rows = list(read_rows(self.into, self.table, columns))
+        cells = {name: [row[name] for row in rows if row[name]] for name in data.nuisances}
+        self.words = {name for name, texts in cells.items() if any(number_of(text) is None for text in texts)}
         for number, row in enumerate(rows, 1):
             self.into.progress(number, len(rows), "reading the table")
             try:
@@ -246,7 +251,12 @@ class _Reader:
             slices=self._slices(row, labels, values),
             region=self._region(mask, values),
             split=split,
+            nuisances=tuple((name, self._nuisance(name, row[name])) for name in data.nuisances if row[name]),
         )
+
+    def _nuisance(self, name: str, text: str) -> str | float:
+        value = number_of(text)
+        return text if value is None or name in self.words else value
 
     def _file(self, row: dict[str, str], column: str, folder: str) -> Path:
         name = row[column]

@@ -8,7 +8,7 @@ survival        (time, event)               (risk), higher dies sooner
 localisation    (x, y, z) in LPS mm         (x, y, z) in LPS mm
 segmentation    true voxels of each class   class after class: predicted voxels, shared voxels, 95 % Hausdorff
                                             distance in mm, mean surface distance in mm; NaN where undefined
-retrieval       (label number)              recall at 1, 5, 10 over the query's trials of that label
+retrieval       (label number)              recall at 1, 5, 10 over the query's trials of that label, negatives of a trial
 """
 
 from pathlib import Path

@@ -108,6 +108,8 @@ class Case:
              survival: (time, 1 for an event else 0) · localisation: (z, y, x) of the scan's voxels · segmentation: ()
              · retrieval: as multilabel
     split    the publisher's; "" when it has none and the task's seeded split decides
+    nuisances  what is known of how it was imaged and of whom, (name, value): words, or numbers in mm and years; what the
+             protocol `erased` takes out (`hilum.bench.nuisances`). Never a name or an identifier
     """
 
     id: str
@@ -118,6 +120,7 @@ class Case:
     slices: tuple[int, ...] | None = None
     region: Region | None = None
     split: Split = ""
+    nuisances: tuple[tuple[str, str | float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

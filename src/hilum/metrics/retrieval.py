@@ -22,7 +22,7 @@ def mean_recall(label: ArrayLike, recall: ArrayLike) -> float:
 
 
 def recall_at_1(label: ArrayLike, recalls: ArrayLike) -> float:
-    """`mean_recall` of the first column of (N, 3): recall at 1, 5 and 10 of each query."""
+    """`mean_recall` of the first of the columns that hold recall at 1, 5 and 10 of each query."""
     return mean_recall(label, np.asarray(recalls)[:, 0])
 
 

@@ -118,6 +118,11 @@ def write_head(
     from.
     """
     check_saved(name)
+    if "erased" in features:
+        raise UsageError(
+            "these features had nuisances erased, which hilum predict does not do to a new scan; save a head on the table of "
+            "hilum embed"
+        )
     missing = [fact for fact in (*ENCODER_FACTS, *FEATURE_FACTS) if fact not in features]
     if missing:
         raise InputError(

@@ -80,8 +80,9 @@ VOXELFM: tuple[Task, ...] = (
         id="voxelfm:CT-RATE-retrieval", title="Scans with the same finding", dataset="CT-RATE", target="retrieval",
         kind="retrieval", unit="volume", modality="CT", metric="recall_at_10", chance=0.1, classes=CT_RATE_18,
         label_rule="as voxelfm:CT-RATE; for each label, a scan that has it must be found among 99 that lack it",
-        split_rule="official valid only, reconstructions ending in _1 with at least one finding",
-        our_choice="no training: every case is test",
+        split_rule="official valid is judged: reconstructions ending in _1 with at least one finding",
+        our_choice="nothing is trained; train scans that are there, of at most 1,000 patients, teach the protocol erased what "
+        "scanners do",
         published=("retrieval", "CT-RATE"),
     ),
     Task(

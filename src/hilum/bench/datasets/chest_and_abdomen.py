@@ -3,27 +3,37 @@
 import re
 from pathlib import Path
 
-from hilum.bench.datasets.collect import Collector, number_of, read_rows
+from hilum.archive.dicom.acquisition import vendor_of, years_of
+from hilum.bench.datasets.collect import Collector, in_hashed_order, number_of, read_rows
 from hilum.bench.task import Case, Source, Split
 
+MAX_TRAIN = 1000  # patients of CT-RATE from whom retrieval learns what the scanner does
+_METADATA = {"train": "train", "valid": "validation"}
 _CT_RATE_NAME = re.compile(r"((?:train|valid)_\d+)_[a-z]+_(\d+)")
 _MERLIN_SPLITS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_ct_rate(into: Collector) -> None:
-    """Findings, and retrieval by finding: 18 columns; the patient is the first number of a name."""
+    """Findings, and retrieval by finding: 18 columns; the patient is the first number of a name.
+
+    Of retrieval, train scans that are there (of at most MAX_TRAIN patients) teach what the protocol `erased` takes out.
+    """
     root = into.folder / "dataset" if (into.folder / "dataset").is_dir() else into.folder
     retrieval = into.task.kind == "retrieval"
-    parts: tuple[tuple[str, Split], ...] = (
-        (("valid", "test"),) if retrieval else (("train", "train"), ("valid", "test"))
-    )
+    parts: tuple[tuple[str, Split], ...] = (("train", "train"), ("valid", "test"))
     for part, split in parts:
         folders = [root / f"{part}_fixed", root / part]
+        only = _train_names(folders) if retrieval and split == "train" else None
+        if only == set():
+            continue
+        nuisances = _ct_rate_nuisances(into, root / "metadata" / f"{_METADATA[part]}_metadata.csv")
         folder = next((f for f in folders if f.is_dir()), None) or into.need(folders[0], "the folder of scans")
         images = {path.name: path for path in sorted(folder.rglob("*.nii.gz"))}
         table = root / "multi_abnormality_labels" / f"{part}_predicted_labels.csv"
         for row in read_rows(into, table, ["VolumeName", *into.task.classes]):
             name = row["VolumeName"]
+            if only is not None and name not in only:
+                continue
             matched = _CT_RATE_NAME.fullmatch(name.removesuffix(".nii.gz"))
             target = tuple(number_of(row[label]) for label in into.task.classes)
             if matched is None or any(value not in (0.0, 1.0) for value in target):
@@ -35,8 +45,36 @@ def read_ct_rate(into: Collector) -> None:
                 stem = name.removesuffix(".nii.gz")
                 scan = Source(path=images[name])
                 into.cases.append(
-                    Case(id=stem, patient=matched[1], scan=scan, modality="CT", target=values, split=split)
-                )
+                    Case(
+                        id=stem, patient=matched[1], scan=scan, modality="CT", target=values, split=split,
+                        nuisances=nuisances.get(name, ()),
+                    )
+                )  # fmt: skip
+
+
+def _train_names(folders: list[Path]) -> set[str]:
+    """Files of the patients that retrieval learns the scanner from; none where no train scan is there."""
+    folder = next((f for f in folders if f.is_dir()), None)
+    names = [path.name for path in sorted(folder.rglob("*.nii.gz"))] if folder else []
+    patients = {name: "_".join(name.split("_")[:2]) for name in names}
+    chosen = set(in_hashed_order(sorted(set(patients.values())))[:MAX_TRAIN])
+    return {name for name in names if patients[name] in chosen}
+
+
+def _ct_rate_nuisances(into: Collector, table: Path) -> dict[str, tuple[tuple[str, str | float], ...]]:
+    """What the publisher's copy of the DICOM headers says, by file name; {} without that table. Spacings are in the NIfTI."""
+    if not table.exists():
+        return {}
+    columns = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge", "ReconstructionDiameter")
+    found = {}
+    for row in read_rows(into, table, ["VolumeName"], columns):
+        kernel = row["ConvolutionKernel"].strip("[]").split(",")[0].strip(" '")
+        values: dict[str, str | float | None] = {
+            "vendor": vendor_of(row["Manufacturer"]), "kernel": kernel, "sex": row["PatientSex"],
+            "age": years_of(row["PatientAge"]), "field_of_view": number_of(row["ReconstructionDiameter"]),
+        }  # fmt: skip
+        found[row["VolumeName"]] = tuple((name, v) for name, v in values.items() if v is not None and v != "")
+    return found
 
 
 def read_merlin(into: Collector) -> None:

@@ -159,7 +159,7 @@ def _check(kind: str, target: Array, output: Array) -> None:
         "survival": (2, 1),
         "localisation": (3, 3),
         "segmentation": (num_t, 4 * num_t),
-        "retrieval": (1, 3),
+        "retrieval": (1, 4),
     }[kind]
     if (num_t, num_o) != expected:
         raise InputError(

@@ -26,6 +26,7 @@ from hilum.stats.weighted import mean_defined
 from hilum.terminal import few
 
 MEANS_OF_LABELS = (metrics.macro_auroc, metrics.macro_average_precision, metrics.macro_f1)
+NUM_NEGATIVES = 99  # of a retrieval trial (VoxelFM, arXiv 2604.04133)
 FEW_PATIENTS = 50  # at 50, simulated 95 % intervals hold the truth 92 to 95 times in 100
 
 
@@ -139,7 +140,7 @@ def score_predictions(
         draw_sd=_known(run_spread(grid).draw_sd),
         total_se=_known(total_se(case_se, grid)),
         se=_analytic(name, value, columns, runs.patients),
-        chance=chance_level(name, columns[0][0]),
+        chance=_chance(runs, name, columns[0][0]),
         num_cases=len(runs.cases),
         num_patients=interval.num_clusters,
         num_seeds=runs.outputs.shape[1],
@@ -173,6 +174,14 @@ def _draw(
         draws = np.concatenate([mean_defined(draws)[None], draws])
     means: Array = draws.mean(axis=1)
     return means
+
+
+def _chance(runs: Runs, metric: str, y_true: Array) -> float | None:
+    """`chance_level`; of retrieval the mean of k / candidates, which are fewer where fewer scans lack a label."""
+    if runs.kind != "retrieval":
+        return chance_level(metric, y_true)
+    cut = int(metric.removeprefix("recall_at_"))
+    return metrics.mean_recall(y_true, np.minimum(cut / (runs.outputs[0, 0, :, 3] + 1), 1))
 
 
 def chance_level(metric: str, y_true: Array) -> float | None:
@@ -319,6 +328,11 @@ def _notes(runs: Runs) -> list[str]:
             f"of {runs.target.size:,} cases × classes {empty.num_absent:,} are absent and not predicted (left out), "
             f"{empty.num_false:,} absent but predicted (Dice 0; {empty.false_positive_voxels:,} voxels), first run"
         )
+    if runs.kind == "retrieval":
+        least, most = (int(f(runs.outputs[0, 0, :, 3])) for f in (np.min, np.max))
+        of = f"{least}" if least == most else f"{least} to {most}"
+        fewer = "" if least == NUM_NEGATIVES else f", not {NUM_NEGATIVES} as VoxelFM has: too few scans lack the label"
+        notes.append(f"each scan sought stands among {of} that lack the label{fewer}")
     if runs.kind == "multilabel":
         one = [str(n) for n, y in enumerate(runs.target.T) if len(np.unique(y[~np.isnan(y)])) < 2]
         if one:

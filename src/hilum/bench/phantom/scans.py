@@ -3,6 +3,9 @@
 body/B0000/ct.nii.gz, mr.nii.gz   a torso, 13.5 mm × 4 mm × 4 mm; organs.nii.gz, with the lesion; solid.nii.gz: SOLID
 body/B0000/liver.nii.gz           three slices of the CT at 2 mm around the largest lesion; liver-organs.nii.gz
 body/B0000/spine.nii.gz           the same around the spinal canal
+body/B0000/tumour.nii.gz          as liver.nii.gz, the lesion as bright as its risk is high: what survival depends on
+body/B0000/nodule.nii.gz          a piece of lung at 4 mm with one nodule somewhere in it
+body/B0000/scanner.nii.gz         the torso of another study, whose scanner is known (`scanners.py`)
 head/H0000/ct.nii.gz              a slab of a head, bleeding or not
 */labels.json                     what is true of it
 phantom.json                      the settings, written last: the folder is whole
@@ -22,10 +25,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from hilum.archive.files import nifti
-from hilum.archive.phantom import ORGAN, Anatomy, Patient, make_anatomy, sample_patient, scan_ct, scan_mr, survival
+from hilum.archive.phantom import ORGAN, Anatomy, Patient, make_anatomy, sample_patient, scan_ct, scan_mr
 from hilum.archive.phantom.body import TISSUE
 from hilum.archive.phantom.head import make_head
 from hilum.archive.workers import Crashed, run
+from hilum.bench.phantom.scanners import SHOWN, sample_scanner, scan_with
 from hilum.errors import InputError
 from hilum.records import read_json, write_atomic, write_json
 from hilum.terminal import Progress
@@ -42,6 +46,9 @@ HEAD_MM = 4.0
 MAX_SHIFT = 0.14  # share of the image by which a body lies off the middle
 SLAB = 6  # slices of a head that are kept
 CALCIFIED_ML = 0.3
+RISK_HU = 60.0  # by which a lesion is brighter for each unit of risk
+NODULE_MM, NODULE_SLICES = (24.0, 44.0), 8  # diameter; slices of the crop around one
+ALIKE = 0.3  # share of the differences in size and fat between bodies that is left in the scans of known scanners
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ def write_phantom_scans(
 ) -> None:
     """Write what is not there yet; run it again after any interruption. InputError when `out` was made by other settings."""
     settings = settings or PhantomSettings()
-    record = {"format": "hilum-bench-phantom", "version": 1, **asdict(settings)}
+    record = {"format": "hilum-bench-phantom", "version": 2, **asdict(settings)}
     begun = out / "settings.json"
     if begun.exists() and read_json(begun) != record:
         raise InputError(
@@ -103,6 +110,7 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
     grade = int(rng.integers(len(NARROWED)))
     narrowed = float(np.clip(NARROWED[grade] + NARROWED_SPREAD * rng.standard_normal(), 0, 0.85))
     ct = scan_ct(anatomy).voxels.astype(np.float32)
+    clean = ct.copy()
     _narrow_canal(ct, anatomy, narrowed, rng)
     _mark_lesions(ct, anatomy, rng)
     fine = _jitter(ct, settings, rng)
@@ -113,6 +121,7 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
             box, affine = _window(anatomy, centre, settings.matrix * 5 // 8)
             _write(folder / f"{name}.nii.gz", fine[box], affine)
             _write(folder / f"{name}-organs.nii.gz", anatomy.organ[box], affine)
+    more = _more_scans(folder, clean, anatomy, lesion, settings, number)
     most = round(MAX_SHIFT * settings.matrix)
     shift = rng.integers(-most, most + 1, 2)
     affine = anatomy.affine.copy()
@@ -127,17 +136,82 @@ def _write_body(folder: Path, settings: PhantomSettings, number: int) -> dict[st
         _write(folder / f"{name}.nii.gz", voxels, affine)
     _write(folder / "organs.nii.gz", organ, affine)
     _write(folder / "solid.nii.gz", solid, affine)
-    days, event, hazard = survival(patient, anatomy.organ_volumes_ml()["lesion"])
     return {
         "age": round(patient.age_years, 1),
         "malignant": int(patient.malignant),
-        "survival": [round(days, 1), int(event)],
-        "hazard_per_year": round(hazard, 5),
         "stenosis": grade,
         "findings": _findings(anatomy),
         "lesion": [lesion[0], *[(lesion[n + 1] - 0.5) / 2 + float(shift[n]) for n in (0, 1)]] if lesion else [],
         "areas": {name: _areas(organ == label) for name, label in ORGAN.items() if label},
+        **more,
     }
+
+
+def _more_scans(
+    folder: Path, ct: NDArray[np.float32], anatomy: Anatomy, lesion: list[float], settings: PhantomSettings, number: int
+) -> dict[str, Any]:
+    """tumour, nodule and scanner: what is true of them."""
+    rng = np.random.default_rng([settings.seed, number, 4])
+    risk = float(rng.standard_normal())
+    days, event, hazard = _survival(risk, rng)
+    if lesion:
+        box, affine = _window(anatomy, lesion, settings.matrix * 5 // 8)
+        tumour, inside = ct[box].copy(), anatomy.organ[box] == ORGAN["lesion"]
+        tumour[inside] += np.float32(RISK_HU * risk)
+        _write(folder / "tumour.nii.gz", _jitter(tumour, settings, rng), affine)
+    voxels, affine, centre = _plant_nodule(_halve(ct), anatomy, settings.matrix * 3 // 8, rng)
+    _write(folder / "nodule.nii.gz", _jitter(voxels, settings, rng), affine)
+    scanner, finding = sample_scanner(rng), SHOWN[number % len(SHOWN)]
+    average = replace(
+        anatomy.patient,
+        scale=1 + (anatomy.patient.scale - 1) * ALIKE,
+        girth=1 + (anatomy.patient.girth - 1) * ALIKE,
+    )
+    other = make_anatomy(average, settings.num_slices, settings.matrix)
+    _write(folder / "scanner.nii.gz", *scan_with(other, finding, scanner, rng))
+    return {
+        "survival": [round(days, 1), int(event)],
+        "hazard_per_year": round(hazard, 5),
+        "nodule": centre,
+        "shown": finding,
+        "scanner": scanner | {"sex": anatomy.patient.sex},
+    }
+
+
+def _survival(risk: float, rng: np.random.Generator) -> tuple[float, bool, float]:
+    """Days to death or censoring, whether death was seen, hazard a year: exponential with 0.35 · exp(2 · risk), censored
+    uniformly between 0.5 and 8 years."""
+    hazard = 0.35 * float(np.exp(2 * risk))
+    death, censored = rng.exponential(1 / hazard), rng.uniform(0.5, 8.0)
+    return 365.25 * float(min(death, censored)), bool(death <= censored), hazard
+
+
+def _plant_nodule(
+    ct: NDArray[np.float32], anatomy: Anatomy, side: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], FloatArray, list[float]]:
+    """A crop of `side` pixels and NODULE_SLICES slices of the halved CT that holds a nodule in a lung; (k, j, i) of its
+    centre in the crop."""
+    lungs = np.isin(anatomy.organ[:, ::2, ::2], (ORGAN["lung_right"], ORGAN["lung_left"]))
+    affine = anatomy.affine.copy()
+    affine[:3, 1:3] *= 2
+    affine[:3, 3] += anatomy.affine[:3, 1:3].sum(1) / 2
+    mm = np.linalg.norm(affine[:3, :3], axis=0)
+    deep = ndimage.distance_transform_edt(lungs, sampling=mm)
+    places = np.argwhere(deep > min(12.0, float(deep.max()) / 2))
+    centre = places[rng.integers(len(places))] + rng.uniform(-0.5, 0.5, 3)
+    size_mm = rng.uniform(*NODULE_MM) / 2
+    axes = np.ogrid[tuple(map(slice, ct.shape))]
+    away = np.sqrt(sum(((axis - c) * step) ** 2 for axis, c, step in zip(axes, centre, mm)))
+    share = np.clip((size_mm - away) / mm[1] + 0.5, 0, 1).astype(np.float32)
+    marked = ct * (1 - share) + np.float32(rng.uniform(30, 130)) * share
+    shape = np.minimum([NODULE_SLICES, side, side], ct.shape)
+    margin = np.minimum([1, 3, 3], shape // 4)
+    low = np.maximum(np.ceil(centre - shape + 1 + margin), 0)
+    high = np.minimum(np.floor(centre - margin), np.array(ct.shape) - shape)
+    first = np.array([rng.integers(a, max(a, b) + 1) for a, b in zip(low.astype(int), high.astype(int))])
+    affine[:3, 3] += affine[:3, :3] @ first
+    crop = tuple(slice(f, f + n) for f, n in zip(first, shape))
+    return marked[crop], affine, [round(float(c), 3) for c in centre - first]
 
 
 def _narrow_canal(ct: NDArray[np.float32], anatomy: Anatomy, share: float, rng: np.random.Generator) -> None:

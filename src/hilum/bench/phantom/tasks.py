@@ -6,12 +6,14 @@ choose settings, 35 % to test; they are drawn independently, so that any split i
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hilum.archive.phantom import ORGAN, ORGANS
+from hilum.bench.phantom.scanners import SHOWN
 from hilum.bench.phantom.scans import SOLID, PhantomSettings
 from hilum.bench.task import Case, Dataset, Found, Problem, Region, Source, Split, Task
 from hilum.errors import InputError
@@ -23,17 +25,16 @@ PHANTOM = Dataset(
     title="Synthetic bodies and heads of hilum",
     url="https://hilum.invalid/none: written by hilum bench run --suite phantom",
     licence="Apache-2.0",
-    layout="phantom.json\nbody/B0000/{ct,mr,organs,solid}.nii.gz, {liver,spine}{,-organs}.nii.gz, labels.json\n"
+    layout="phantom.json\nbody/B0000/{ct,mr,organs,solid,tumour,nodule,scanner}.nii.gz, {liver,spine}{,-organs}.nii.gz,\n"
+    "  labels.json\n"
     "head/H0000/ct.nii.gz, labels.json",
 )
 
 ORGAN_CLASSES = tuple(name for name in ORGANS[1:] if name != "lesion")
 FINDINGS = ("no gallbladder", "single kidney", "horseshoe kidney", "calcified aorta", "contrast medium", "obesity")
 REGIONS_A_PATIENT = 6
-DENSE_STEP = {
-    "localisation": 3,
-    "segmentation": 6,
-}  # every third, every sixth body: heads on all tokens take long on a CPU
+DENSE_STEP = {"segmentation": 6}  # every sixth body: heads on all tokens take long on a CPU
+RETRIEVAL_TRAIN = 0.4  # of the patients teach what scanners do; enough others are judged for 99 to lack each finding
 SHARE_TRAIN, SHARE_VAL = 0.50, 0.15
 _SPLIT_RULE = "by number of the patient: 50 % train, 15 % val, 35 % test"
 
@@ -41,7 +42,7 @@ _SPLIT_RULE = "by number of the patient: 50 % train, 15 % val, 35 % test"
 def _task(name: str, title: str, kind: Any, unit: Any, metric: str, label_rule: str, **more: Any) -> Task:
     return Task(
         id=f"phantom:{name}", title=title, dataset="phantom", target=name, kind=kind, unit=unit, metric=metric,
-        label_rule=label_rule, split_rule=_SPLIT_RULE, modality=more.pop("modality", "CT"), **more,
+        label_rule=label_rule, split_rule=more.pop("split_rule", _SPLIT_RULE), modality=more.pop("modality", "CT"), **more,
     )  # fmt: skip
 
 
@@ -82,10 +83,19 @@ PHANTOM_TASKS: tuple[Task, ...] = (
     ),
     _task(
         "survival", "Survival with a liver lesion", "survival", "region", "c_index",
-        "days until death or censoring; hazard 0.12 · exp(1.3·malignant + 0.5·ln(ml/10) + 0.03·(age − 60)) a year", chance=0.5,
+        "days until death or censoring; hazard 0.35 · exp(2 · risk) a year, and the lesion is 60 HU brighter for each unit of "
+        "risk, which is a standard normal number; a slice at 2 mm", chance=0.5,
     ),
-    _task("retrieval", "Bodies with the same finding", "retrieval", "volume", "recall_at_5", "as findings", classes=FINDINGS),
-    _task("lesion-centre", "Centre of the largest liver lesion", "localisation", "volume", "mean_distance_mm", "of its voxels"),
+    _task(
+        "retrieval", "Bodies with the same finding on other scanners", "retrieval", "volume", "recall_at_10",
+        "painted, one in each body; vendor, kernel, field of view and thickness are drawn independently of it and decide most "
+        "of how the image looks: --protocol erased takes them out", classes=SHOWN,
+        split_rule="by number of the patient: the first 40 % teach what scanners do, 60 % are judged",
+    ),
+    _task(
+        "lesion-centre", "Centre of a lung nodule", "localisation", "volume", "mean_distance_mm",
+        "as painted, in a piece of a chest that holds it somewhere; the middle of the piece is 42 mm off on average"
+    ),
     _task(
         "solid-organs", "Segmentation of six organs", "segmentation", "volume", "dice", "as painted",
         classes=tuple(SOLID), chance=0.0,
@@ -111,7 +121,10 @@ def read_phantom(task: Task, root: Path) -> Found:
         except InputError as error:
             problems.append(Problem(path=f"{part}/{name}", found=str(error), expected="labels.json", cases=1))
             continue
-        cases += _READERS[task.target](task, folder / part / name, labels, _split(number, total))
+        split = _split(number, total)
+        if task.kind == "retrieval":
+            split = "train" if number < RETRIEVAL_TRAIN * total else "test"
+        cases += _READERS[task.target](task, folder / part / name, labels, split)
     if not cases:
         problems.append(Problem(path=part, found="no case", expected="at least one", fatal=True))
     return Found(cases=tuple(cases), problems=tuple(problems))
@@ -178,20 +191,32 @@ def _haemorrhage(task: Task, folder: Path, labels: dict[str, Any], split: Split)
 
 
 def _findings(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    split = "test" if task.kind == "retrieval" else split  # nothing is learnt
     yield _case(folder, split, tuple(float(labels["findings"][name]) for name in FINDINGS))
 
 
+def _retrieval(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
+    yield Case(
+        id=folder.name, patient=folder.name, scan=Source(path=folder / "scanner.nii.gz"), modality="CT", split=split,
+        target=tuple(float(labels["shown"] == name) for name in SHOWN), nuisances=tuple(labels["scanner"].items()),
+    )  # fmt: skip
+
+
 def _survival(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    if labels["areas"]["lesion"]:
+    if labels["lesion"]:
         days, event = labels["survival"]
-        yield _case(folder, split, (float(days), float(event)), region=_region(folder, "lesion"))
+        case = _window(folder, split, 0.0, "liver", "lesion")
+        yield replace(
+            case,
+            id=f"{folder.name}/tumour",
+            scan=Source(path=folder / "tumour.nii.gz"),
+            target=(float(days), float(event)),
+        )
 
 
 def _lesion_centre(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
-    if labels["lesion"]:
-        k, j, i = labels["lesion"]
-        yield _case(folder, split, (k, j, i))
+    k, j, i = labels["nodule"]
+    scan = Source(path=folder / "nodule.nii.gz")
+    yield Case(id=folder.name, patient=folder.name, scan=scan, modality="CT", target=(k, j, i), split=split)
 
 
 def _solid_organs(task: Task, folder: Path, labels: dict[str, Any], split: Split) -> Iterator[Case]:
@@ -209,7 +234,7 @@ _READERS: dict[str, Callable[[Task, Path, dict[str, Any], Split], Iterator[Case]
     "haemorrhage": _haemorrhage,
     "findings": _findings,
     "survival": _survival,
-    "retrieval": _findings,
+    "retrieval": _retrieval,
     "lesion-centre": _lesion_centre,
     "solid-organs": _solid_organs,
 }

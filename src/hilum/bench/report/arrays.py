@@ -163,7 +163,7 @@ def _losses(kind: str, rows: Rows) -> Array:
         lost: Array = np.where(known, 1 - np.nan_to_num(dice), 0).sum(1) / np.maximum(known.sum(1), 1)
         return lost
     if kind == "retrieval":
-        missed: Array = 1 - output[:, -1]
+        missed: Array = 1 - output[:, 2]
         return missed
     if kind == "survival":
         return np.zeros(len(target))  # a single time says nothing about a risk
@@ -195,5 +195,5 @@ def _in_words(kind: str, target: Array, output: Array, classes: Sequence[str]) -
         at = int(np.nanargmin(dice))
         return f"{name.get(at, at)}: {target[at]:,.0f} voxels", f"{output[4 * at]:,.0f} voxels, Dice {dice[at]:.2f}"
     if kind == "retrieval":
-        return str(name.get(int(target[0]), int(target[0]))), f"recall at 10: {output[-1]:.2f}"
+        return str(name.get(int(target[0]), int(target[0]))), f"recall at 10: {output[2]:.2f}, among {output[3]:.0f}"
     return ", ".join(f"{v:.4g}" for v in target), ", ".join(f"{v:.4g}" for v in output)

@@ -153,8 +153,10 @@ def _segmentation(page: Page, task: Task, best: Entry, rows: dict[str, Rows]) ->
 def _retrieval(page: Page, task: Task, best: Entry, rows: dict[str, Rows]) -> None:
     table = []
     for method, found in rows.items():
-        table.append([method, *(f"{v:.3f}" for v in np.nanmean(found.output, axis=0))])
-    page.table(["model", "recall at 1", "at 5", "at 10"], table)
+        of = found.output[:, 3]
+        negatives = f"{of.min():.0f}" if of.min() == of.max() else f"{of.min():.0f} to {of.max():.0f}"
+        table.append([method, *(f"{v:.3f}" for v in np.nanmean(found.output[:, :3], axis=0)), negatives])
+    page.table(["model", "recall at 1", "at 5", "at 10", "negatives"], table)
 
 
 _FIGURES: dict[str, Callable[[Page, Task, Entry, dict[str, Rows]], None]] = {

@@ -15,6 +15,7 @@ from hilum.bench.run.protocols import TOKEN_FEATURES, Trial
 from hilum.bench.run.retrieval import recalls
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.task import Case, Task
+from hilum.probe.erasure import ConceptEraser
 from hilum.probe.heads import head_class, make_head
 from hilum.probe.heads.dense import SegmentationHead
 from hilum.records import hash_json
@@ -57,6 +58,7 @@ class Material:
     targets          as in `Case`; of localisation LPS mm
     truth            of segmentation; no maps else
     contents         hash of the voxels of each: what was encoded, of segmentation the true map, too
+    eraser           what is taken out of the vectors (`hilum.bench.run.erasing`); None: nothing
     """
 
     task: Task
@@ -67,6 +69,12 @@ class Material:
     features: CaseFeatures | JoinedFeatures
     truth: "LabelMaps"
     contents: list[str]
+    eraser: ConceptEraser | None = None
+
+    def vectors(self, pooling: str) -> NDArray[np.float32]:
+        """(N, D), without what is to be erased."""
+        found = self.features.vectors(pooling)
+        return found if self.eraser is None else self.eraser.transform(found)
 
     @property
     def hash(self) -> str:
@@ -111,7 +119,7 @@ def _fit(
     head = make_head(names.head, seed=seed, **options)
     head.progress = _saying(f"{names.head} head of {names.model}, {task.id}", progress)
     tokens = names.features == TOKEN_FEATURES
-    X: Any = material.features.sequence() if tokens else material.features.vectors(names.features)
+    X: Any = material.features.sequence() if tokens else material.vectors(names.features)
     y = head_targets(material)
     validation = (X[trial.val], _some(y, trial.val)) if len(trial.val) else None
     groups = np.array([material.patients[n] for n in trial.train])
@@ -177,7 +185,7 @@ def _same(task: Task, names: Names, number: int) -> dict[str, Any]:
 def _retrieve(material: Material, names: Names, seed: int) -> pa.Table:
     labels = np.array(material.targets)
     rows = [n for n, split in enumerate(material.splits) if split == "test"]
-    vectors = material.features.vectors(names.features)[rows]
+    vectors = material.vectors(names.features)[rows]
     found = recalls(vectors, labels[rows], [material.patients[n] for n in rows], seed=seed)
     columns = _same(material.task, names, len(found)) | {
         "draw": [0] * len(found),
@@ -186,6 +194,6 @@ def _retrieve(material: Material, names: Names, seed: int) -> pa.Table:
         "case": [material.cases[rows[one.row]] for one in found],
         "patient": [material.patients[rows[one.row]] for one in found],
         "target": [[float(one.label)] for one in found],
-        "output": [list(one.recall) for one in found],
+        "output": [[*one.recall, float(one.negatives)] for one in found],
     }
     return pa.table(columns, schema=SCHEMA)

@@ -5,6 +5,7 @@
     fraction:F       a share F of the train patients, several draws; val as in full
     curia            as full, by the head of Curia's public trainer on features of one kind
     chunked:N        as full, by an encoder of volumes that sees at most N patches at once: what blocks cost beside the whole
+    erased[:A+B]     as full, on features without the linear traces of these nuisances, or of all that are known
     tokens           class token, mean of patch tokens, and attention over patch tokens beside one another
 
 Test cases are always all of the task's.
@@ -54,10 +55,10 @@ def expand_protocols(names: Sequence[str]) -> tuple[str, ...]:
     """Protocols by name; a curve stands for its points. UsageError for an unknown one."""
     found = [point for name in names for point in CURVES.get(name, (name,))]
     for name in found:
-        if name not in ("full", "curia", "tokens") and not _is_point(name):
+        if name not in ("full", "curia", "tokens") and erased_names(name) is None and not _is_point(name):
             raise UsageError(
                 f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F, chunked or "
-                "chunked:N, curia, tokens"
+                "chunked:N, curia, tokens, erased or erased:NUISANCE+NUISANCE"
             )
     return tuple(dict.fromkeys(found))
 
@@ -69,6 +70,14 @@ def _is_point(name: str) -> bool:
         return int(number) > 0 if whole else kind == "fraction" and 0 < float(number) <= 1
     except ValueError:
         return False
+
+
+def erased_names(protocol: str) -> tuple[str, ...] | None:
+    """Of the protocol erased:A+B; () for all that are known; None of other protocols."""
+    kind, mark, names = protocol.partition(":")
+    if kind != "erased" or (mark and not all(names.split("+"))):
+        return None
+    return tuple(names.split("+")) if mark else ()
 
 
 def patches_at_once(protocol: str) -> int | None:
@@ -83,7 +92,9 @@ def applies(protocol: str, task: Task) -> bool:
     if kind == "few-shot":
         return task.kind == "classification"
     if task.kind == "retrieval":
-        return kind == "full"
+        return kind in ("full", "erased")
+    if kind == "erased":
+        return task.kind not in ("localisation", "segmentation")
     if kind in ("curia", "tokens"):
         return task.kind in ("classification", "regression") or (
             kind == "tokens" and task.kind in ("multilabel", "survival")
@@ -98,6 +109,8 @@ def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tup
     if protocol == "tokens":
         usual = DEFAULT_HEADS[task.kind][0][1]
         return (("class", usual), ("mean", usual), (TOKEN_FEATURES, "attention"))
+    if protocol.startswith("erased"):
+        chosen = [name for name in chosen if head_class(name).sees == "vectors"]
     if chosen and task.kind in ("classification", "multilabel", "regression", "survival"):
         return tuple((TOKEN_FEATURES if head_class(name).sees == "tokens" else "", name) for name in chosen)
     return DEFAULT_HEADS[task.kind]

@@ -1,7 +1,8 @@
 """Retrieval: is a scan with the same finding found among scans that lack it? Nothing is fitted.
 
 For each label, each query that has it and each other scan that has it: the rank of that one, by cosine similarity, among 99
-drawn from the scans that lack the label (VoxelFM, arXiv 2604.04133). Scans of the query's patient are no candidates.
+drawn from the scans that lack the label (VoxelFM, arXiv 2604.04133). Scans of the query's patient are no candidates. Where
+fewer than 99 lack it, all of them are taken: the task is easier then, and how many there were is kept with the result.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_NEGATIVES = 99
+from hilum.bench.judge.scoring import NUM_NEGATIVES
+
 CUTS = (1, 5, 10)
 
 
 class Recall(NamedTuple):
-    """One query and label: row of the query, label, recall at CUTS over its trials, candidates of a trial."""
+    """One query and label: row of the query, label, recall at CUTS over its trials, negatives of a trial."""
 
     row: int
     label: int
     recall: tuple[float, float, float]
-    candidates: int
+    negatives: int
 
 
 def recalls(
@@ -49,5 +51,5 @@ def recalls(
                 drawn = near[rng.choice(others, number, replace=False)]
                 ranks[n] = 1 + np.count_nonzero(drawn > near[one]) + np.count_nonzero(drawn == near[one]) / 2
             at = [float(np.mean(ranks <= cut)) for cut in CUTS]
-            found.append(Recall(int(query), label, (at[0], at[1], at[2]), number + 1))
+            found.append(Recall(int(query), label, (at[0], at[1], at[2]), number))
     return found

@@ -20,11 +20,21 @@ from typing import Any
 import numpy as np
 
 from hilum.archive.privacy import Key, read_key
+from hilum.bench.nuisances import Nuisances, nuisances_of
 from hilum.bench.predictions import write_predictions
+from hilum.bench.run.erasing import with_eraser
 from hilum.bench.run.features import CaseFeatures, FeatureCache, check_unit
 from hilum.bench.run.fitting import LabelMaps, Material, Names, fit_trials
 from hilum.bench.run.joined import JoinedCache, JoinedEncoder, JoinedFeatures, join_models
-from hilum.bench.run.protocols import TOKEN_FEATURES, applies, expand_protocols, heads_of, make_trials, patches_at_once
+from hilum.bench.run.protocols import (
+    TOKEN_FEATURES,
+    applies,
+    erased_names,
+    expand_protocols,
+    heads_of,
+    make_trials,
+    patches_at_once,
+)
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.scores import write_scores
 from hilum.bench.run.suites import Asked, open_task
@@ -241,14 +251,18 @@ class _Bench:
         """(protocol, features, head) of one task, on one cache."""
         encoder = cache.encoder
         tokens = any(features == TOKEN_FEATURES for _, features, _ in wanted)
+        erased = any(erased_names(protocol) is not None for protocol, _, _ in wanted)
+        if task.kind == "retrieval" and not erased:  # train cases only teach what is to be erased
+            found = replace(found, cases=tuple(case for case in found.cases if case.split == "test"))
         features = cache.features(task, found.cases, tokens=tokens, progress=self.progress)
-        material = self._material(task, found, features, encoder)
+        material, cases = self._material(task, found, features, encoder)
+        nuisances = nuisances_of(cases) if erased else []
         for protocol, pooled, head in wanted:
             names = Names(
                 model=encoder.name, contract=encoder.contract.hash, features=pooled or self._pooling(task, encoder), head=head,
                 protocol=protocol,
             )  # fmt: skip
-            self._predict(material, names, encoder, device)
+            self._predict(material, names, encoder, device, nuisances)
 
     def _pooling(self, task: Task, encoder: AnyEncoder) -> str:
         if self.settings.features:
@@ -265,7 +279,9 @@ class _Bench:
         row = {"task": about["task"], "model": about["model"], "cases": 0, "reason": reason}
         self.record["left_out"].append(row | {"unscored": True})
 
-    def _material(self, task: Task, found: Found, features: AnyFeatures, encoder: AnyEncoder) -> Material:
+    def _material(
+        self, task: Task, found: Found, features: AnyFeatures, encoder: AnyEncoder
+    ) -> tuple[Material, list[Case]]:
         """Cases that have features. InputError when some were refused, unless that is allowed."""
         refused = Counter(reason for reason in features.reasons if reason)
         for reason, number in refused.items():
@@ -278,7 +294,7 @@ class _Bench:
             )
         kept = [n for n, reason in enumerate(features.reasons) if not reason]
         cases = [found.cases[n] for n in kept]
-        return Material(
+        material = Material(
             task=task,
             cases=[hash_case(task, case, self.key) for case in cases],
             patients=[self.key.hash("patient", case.patient) for case in cases],
@@ -288,6 +304,7 @@ class _Bench:
             truth=LabelMaps(task, cases, self.reader),
             contents=[self._content(task, case, features.keys[n]) for n, case in zip(kept, cases)],
         )
+        return material, cases
 
     def _content(self, task: Task, case: Case, encoded: str) -> str:
         if task.kind != "segmentation" or case.region is None or case.region.source is None:
@@ -308,18 +325,24 @@ class _Bench:
         x, y, z = (affine @ [*case.target, 1.0])[:3]
         return float(x), float(y), float(z)
 
-    def _predict(self, material: Material, names: Names, encoder: AnyEncoder, device: str) -> None:
-        """Fit one head by one protocol, unless its predictions are there."""
+    def _predict(
+        self, material: Material, names: Names, encoder: AnyEncoder, device: str, nuisances: list[Nuisances]
+    ) -> None:
+        """Fit one head by one protocol, unless its predictions are there. `nuisances` of each case, for `erased`."""
         task, settings = material.task, self.settings
         path = self.out / "predictions" / f"{prediction_name(task.id, names)}.parquet"
         data = self.record["tasks"][task.id]["data_hash"]
+        to_erase = erased_names(names.protocol)
         inputs = hash_json(
             [material.hash, data, encoder.weights_hash, encoder.precision, vars(names), settings.seeds, settings.draws,
-             settings.seed, settings.max_slices]
+             settings.seed, settings.max_slices, *([] if to_erase is None else [nuisances])]
         )  # fmt: skip
         if path.is_file() and table_metadata(read_table(path, ["task"])).get("inputs") == inputs:
             return
+        taken: dict[str, Any] = {}
         try:
+            if to_erase is not None:
+                material, taken = with_eraser(material, names.features, nuisances, to_erase)
             trials = make_trials(
                 names.protocol, task.kind, material.splits, material.targets, material.patients,
                 draws=settings.draws, seed=settings.seed,
@@ -337,6 +360,7 @@ class _Bench:
             "classes": list(task.classes),
             "metric": task.metric,
             "versions": versions(),
+            **({"erased": taken} if taken else {}),
         }
         write_predictions(path, rows, about)
 

@@ -1,0 +1,53 @@
+"""The protocol `erased`: nuisances are taken out of the vectors before any head sees them, as train cases teach it."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from hilum.bench.nuisances import Nuisances
+from hilum.bench.run.fitting import Material
+from hilum.errors import LabelsError
+from hilum.probe.erasure import ConceptEraser, learn_nuisances
+
+
+def with_eraser(
+    material: Material, pooling: str, nuisances: list[Nuisances], wanted: tuple[str, ...]
+) -> tuple[Material, dict[str, Any]]:
+    """The material with an eraser fitted on its train cases, and what a reader must know of it.
+
+    nuisances  of each case
+    wanted     names; () for all that vary among train cases, but what the task asks for
+
+    LabelsError when there is nothing to erase, a name is unknown, or there are too few patients.
+    """
+    task = material.task
+    train = np.flatnonzero(np.array(material.splits) == "train")
+    if not len(train):
+        raise LabelsError(
+            "no train case to learn from what is to be erased; expected some, beside those that are judged"
+        )
+    cases = [nuisances[n] for n in train]
+    known = sorted({name for case in cases for name in case})
+    varying = [name for name in known if len({case.get(name) for case in cases}) > 1 and name != task.target]
+    names = wanted or tuple(varying)
+    if not names or set(names) - set(known):
+        asked = (
+            f"{', '.join(sorted(set(names) - set(known)))} is not known of any" if names else "nothing varies among the"
+        )
+        raise LabelsError(f"{asked} train case; known: {', '.join(known) or 'nothing'}")
+    if task.target in names:
+        raise LabelsError(f"{task.target} is what {task.id} asks for; erase something else")
+    patients = [material.patients[n] for n in train]
+    coder = learn_nuisances(cases, names, patients)
+    eraser = ConceptEraser().fit(material.features.vectors(pooling)[train], coder.columns(cases), patients)
+    about = {
+        "nuisances": list(coder.names),
+        "categories": {name: list(values) for name, values in coder.categories.items()},
+        "missing": {name: sum(case.get(name) is None for case in cases) for name in coder.names},
+        "rank": eraser.rank_,
+        "shrinkage": eraser.shrinkage_,
+        "num_cases": eraser.num_rows_,
+        "num_patients": eraser.num_patients_,
+    }
+    return replace(material, eraser=eraser), about
