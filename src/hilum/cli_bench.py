@@ -83,7 +83,7 @@ def run(
             num_workers=num_workers, seed=seed, progress=progress,
         )  # fmt: skip
     print_result(result, as_json, _results_text(result))
-    if result["left_out"]:
+    if not result["complete"]:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
 

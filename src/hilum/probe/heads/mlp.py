@@ -92,7 +92,7 @@ class MLPHead(RatesHead):
             width=self.width,
             dropout=self.dropout,
         )
-        return [part.cpu().unflatten(0, (self.seeds, len(rates))) for part in found]
+        return [part.cpu().view(self.seeds, len(rates), *part.shape[1:]) for part in found]
 
     def _raw(self, parts: Sequence[Tensor], X: Array) -> Tensor:
         heads = [part.flatten(0, 1) for part in parts]
