@@ -159,7 +159,9 @@ def audit(
     suite: Suite = "",
     task: TaskIds = None,
     store: Annotated[Path | None, typer.Option(help="The store that an encoder was pre-trained on.")] = None,
-    model: Annotated[str | None, typer.Option(help="An encoder, to check features and labels by, too.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="An encoder, to find copies and check features and labels by.")
+    ] = None,
     features: Annotated[Path | None, typer.Option(help="Keeps the vectors, e.g. RESULTS/features.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -135,7 +135,7 @@ def test_of_few_patients_the_interval_of_a_mean_is_students():
 
 
 def test_the_bias_of_resampling_is_undone():
-    """A resample's variance is on average (n - 1) / n of the sample's; the limits of a logarithm are the logarithms of the limits."""
+    """A resample's variance is on average (n - 1) / n of the sample's; limits of a logarithm are logarithms of the limits."""
     rng = np.random.default_rng(4)
     values = rng.normal(size=30)
     draws = np.array([rng.choice(values, 30).var() for _ in range(4000)])

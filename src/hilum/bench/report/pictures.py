@@ -260,7 +260,8 @@ def _name_axes(axes: Axes, title: str, across: str, up: str) -> None:
 def _title(axes: Axes, title: str) -> None:
     """Over the left end, in lines that end where the panel does."""
     place, figure = axes.get_subplotspec(), axes.get_figure(root=True)
-    assert place is not None and figure is not None
+    assert place is not None
+    assert figure is not None
     width = figure.get_figwidth() / place.get_gridspec().ncols - 0.6  # inches, without the names of the axis
     lines = [fill(line, max(12, int(width * CHARACTERS_AN_INCH))) for line in title.splitlines()]
     axes.set_title("\n".join(lines), fontsize=8, loc="left")
