@@ -191,12 +191,14 @@ def reproduce(
     quiet: Quiet = False,
 ) -> None:
     """Published against ours, with intervals and the likely reasons of a gap."""
+    from hilum.bench.report.reproduce import check_published
     from hilum.bench.report.reproduce import reproduce as beside
     from hilum.terminal import Reporter
 
     if data is not None:
         from hilum.api import bench
 
+        check_published(task)
         with Reporter(quiet) as progress:
             bench([model], data, results, tasks=[task], device=device, progress=progress)
     found = beside(results, task, model)

@@ -70,5 +70,7 @@ def test_coverage_with_few_patients(num_patients):
 @pytest.mark.parametrize("num_patients", [20, 50, 200])
 def test_coverage_in_many_trials(name, num_patients):
     metric, make, truth = CASES[name]
-    low, high = (0.93, 0.97) if num_patients == 200 else (0.91, 0.985)  # of few patients docs/statistics.md tells what was seen
+    low, high = (
+        (0.93, 0.97) if num_patients == 200 else (0.91, 0.985)
+    )  # of few patients docs/statistics.md tells what was seen
     assert low <= covered(metric, make, truth, 3000, 2000, num_patients) <= high

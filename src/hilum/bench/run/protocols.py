@@ -56,8 +56,8 @@ def expand_protocols(names: Sequence[str]) -> tuple[str, ...]:
     for name in found:
         if name not in ("full", "curia", "tokens") and not _is_point(name):
             raise UsageError(
-                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F, chunked or "
-                "chunked:N, curia, tokens"
+                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F (a share "
+                "such as fraction:0.25), chunked or chunked:N, curia, tokens"
             )
     return tuple(dict.fromkeys(found))
 
