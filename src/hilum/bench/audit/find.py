@@ -83,7 +83,7 @@ def find_leaks(
             "looks alike": _alike_slices(there, images, first, second, progress),
             "scan looks alike": _alike_scans(there.scans, images.scans, first, second),
         }
-        of = len({s.owner for s in images.scans if s.side == second})
+        of = len({s.owner for s in (*images.scans, *images.slices) if s.side == second})
         told: set[str] = set()
         for kind, owners in shared.items():
             if kind != "patient":  # what is the same also looks the same: each case is told once
