@@ -116,7 +116,8 @@ class StackedLinear(RatesHead):
         if self.seeds < 1 or self.batch_size < 1 or (self.epochs is not None and self.epochs < 1):
             raise UsageError(f"expected at least one seed, epoch and case a batch; found {self.seeds} seeds, "
                              f"{self.epochs} epochs, batches of {self.batch_size}")  # fmt: skip
-        return PROTOCOLS[self.protocol].rates
+        protocol = PROTOCOLS[self.protocol]
+        return protocol.rates
 
     def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """Weights (S, R, D, C) and biases (S, R, C) for raw features and targets."""
