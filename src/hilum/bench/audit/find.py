@@ -83,7 +83,8 @@ def find_leaks(
             "looks alike": _alike_slices(there, images, first, second, progress),
             "scan looks alike": _alike_scans(there.scans, images.scans, first, second),
         }
-        of = len({s.owner for s in (*images.scans, *images.slices) if s.side == second})
+        cases: list[Slice | Scan] = [*images.scans, *images.slices]
+        of = len({one.owner for one in cases if one.side == second})
         told: set[str] = set()
         for kind, owners in shared.items():
             if kind != "patient":  # what is the same also looks the same: each case is told once
