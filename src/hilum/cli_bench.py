@@ -225,7 +225,10 @@ def _results_text(result: dict[str, Any]) -> str:
     for model in dict.fromkeys(s["model"] for s in scores):
         rows = []
         for s in (s for s in scores if s["model"] == model):
-            how = " ".join(part for part in (s["head"], "" if s["protocol"] == "full" else s["protocol"]) if part)
+            seen = (
+                f"of {s['features']}" if s["protocol"] == "tokens" else ""
+            )  # class token and patch tokens side by side
+            how = " ".join(part for part in (s["head"], seen, "" if s["protocol"] == "full" else s["protocol"]) if part)
             interval = "" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
             chance = "" if s["chance"] is None else f"{s['chance']:.3f}"
             rows.append([s["task"], how, s["metric"], s["value"], interval, chance])
