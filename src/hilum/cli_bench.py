@@ -83,7 +83,7 @@ def run(
             num_workers=num_workers, seed=seed, progress=progress,
         )  # fmt: skip
     print_result(result, as_json, _results_text(result))
-    if result["left_out"]:
+    if not result["complete"]:
         raise typer.Exit(EXIT_SOME_LEFT_OUT)
 
 
@@ -159,7 +159,9 @@ def audit(
     suite: Suite = "",
     task: TaskIds = None,
     store: Annotated[Path | None, typer.Option(help="The store that an encoder was pre-trained on.")] = None,
-    model: Annotated[str | None, typer.Option(help="An encoder, to check features and labels by, too.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="An encoder, to find copies and check features and labels by.")
+    ] = None,
     features: Annotated[Path | None, typer.Option(help="Keeps the vectors, e.g. RESULTS/features.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -189,12 +191,14 @@ def reproduce(
     quiet: Quiet = False,
 ) -> None:
     """Published against ours, with intervals and the likely reasons of a gap."""
+    from hilum.bench.report.reproduce import check_published
     from hilum.bench.report.reproduce import reproduce as beside
     from hilum.terminal import Reporter
 
     if data is not None:
         from hilum.api import bench
 
+        check_published(task)
         with Reporter(quiet) as progress:
             bench([model], data, results, tasks=[task], device=device, progress=progress)
     found = beside(results, task, model)
@@ -221,7 +225,10 @@ def _results_text(result: dict[str, Any]) -> str:
     for model in dict.fromkeys(s["model"] for s in scores):
         rows = []
         for s in (s for s in scores if s["model"] == model):
-            how = " ".join(part for part in (s["head"], "" if s["protocol"] == "full" else s["protocol"]) if part)
+            seen = (
+                f"of {s['features']}" if s["protocol"] == "tokens" else ""
+            )  # class token and patch tokens side by side
+            how = " ".join(part for part in (s["head"], seen, "" if s["protocol"] == "full" else s["protocol"]) if part)
             interval = "" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
             chance = "" if s["chance"] is None else f"{s['chance']:.3f}"
             rows.append([s["task"], how, s["metric"], s["value"], interval, chance])

@@ -10,8 +10,9 @@ from scipy import ndimage
 
 from hilum.archive.store.index import index_path, write_index
 from hilum.archive.store.store import Store, write_header, write_volume
-from hilum.bench.audit.find import check_features, check_labels, find_leaks
-from hilum.bench.audit.fingerprints import ALIKE, likeness, look, nearest
+from hilum.bench.audit import vectors
+from hilum.bench.audit.find import check_copies, check_features, check_labels, find_leaks
+from hilum.bench.audit.fingerprints import ALIKE, likeness, look, nearest, unit
 from hilum.bench.audit.images import Images, Scan, Slice, add_store, slice_hash
 from hilum.volume import Volume
 
@@ -212,3 +213,37 @@ def test_planted_copies_of_real_slices(real_data):
     for name in ("noise", "shift", "gain", "gamma", "jpeg"):
         copies = np.stack([look(altered(p, rng)[name]) for p in pixels[:100]])
         assert np.mean(likeness(looks[:100], copies) >= ALIKE) >= 0.99, name
+
+
+def test_the_nearest_of_another_patient_against_a_slow_loop(monkeypatch):
+    monkeypatch.setattr(vectors, "BLOCK", 7)
+    rng = np.random.default_rng(0)
+    queries, references = (unit(rng.normal(size=(n, 5)).astype(np.float32)) for n in (20, 31))
+    asking, owners = rng.integers(0, 4, 20), rng.integers(0, 4, 31)
+    found, cosine = vectors.nearest_of_others(queries, asking, references, owners)
+    for n, query in enumerate(queries):
+        others = [m for m in range(31) if owners[m] != asking[n]]
+        best = max(others, key=lambda m: float(query @ references[m]))
+        assert (found[n], cosine[n]) == (best, pytest.approx(float(query @ references[best])))
+    alone = vectors.nearest_of_others(queries[:1], np.array([0]), references, np.zeros(31, np.intp))
+    assert alone[1][0] == -np.inf
+
+
+def test_copies_are_found_by_features_and_only_they():
+    """Patients with two cases each: a common part, one of the patient and one of the case; a copy has a tenth of the last."""
+    rng = np.random.default_rng(1)
+    person = rng.normal(size=(150, 32)) * np.geomspace(30, 1, 32)
+    cases = (person[:, None] + 0.3 * rng.normal(size=(150, 2, 32)) * np.geomspace(30, 1, 32)).reshape(300, 32) + 100
+    patients = [f"p{n // 2}" for n in range(300)]
+    sides = ["train"] * 200 + ["test"] * 100
+    owners = [f"c{n}" for n in range(300)]
+    named = check_copies("t", cases.astype(np.float32), sides, owners, patients)
+    assert sum(found.affected for found in named) <= 2
+    copies = cases[:5] + 0.03 * rng.normal(size=(5, 32)) * np.geomspace(30, 1, 32)
+    with_copies = np.concatenate([cases, copies]).astype(np.float32)
+    (found,) = check_copies("t", with_copies, [*sides, *["test"] * 5], [*owners, *"abcde"], [*patients, *"vwxyz"])
+    assert (found.kind, found.where, found.of, found.leak) == ("alike features", "train / test", 105, False)
+    assert {"c0 (train) ~ a (test)", "c4 (train) ~ e (test)"} <= set(found.examples)
+    assert 5 <= found.affected <= 7
+    same = check_copies("t", with_copies, [*sides, *["test"] * 5], [*owners, *"abcde"], [*patients, *patients[:5]])
+    assert sum(found.affected for found in same) <= 2  # cases of one patient are no findings

@@ -13,9 +13,10 @@ import pytest
 
 from hilum.bench.catalogue.describe import catalogue
 from hilum.bench.catalogue.published import all_published, published_scores
-from hilum.bench.catalogue.tasks import DATASETS, SUITES, TASKS, find_task, suite_tasks
+from hilum.bench.catalogue.tasks import DATASETS, SUITES, TASKS, suite_tasks
 from hilum.bench.check import check_task
 from hilum.bench.datasets.pickles import read_array
+from hilum.bench.run.suites import choose_tasks
 from hilum.errors import ScanRefused, UsageError
 from hilum.metrics import METRICS
 
@@ -91,10 +92,16 @@ def test_listing_tasks_loads_nothing_heavy() -> None:
 
 
 def test_an_unknown_task_is_answered_with_its_neighbours() -> None:
-    with pytest.raises(UsageError, match=r"did you mean: curiabench-hub:luna16, .*voxelfm:LUNA16"):
-        find_task("luna")
-    with pytest.raises(UsageError, match="no suite '4d'; expected curiabench-2d"):
-        suite_tasks("4d")
+    with pytest.raises(UsageError, match=r"did you mean curiabench-hub:luna16, .*voxelfm:LUNA16"):
+        choose_tasks(ids=["luna"])
+    with pytest.raises(UsageError, match=r"no task 'phantom:orgn'; did you mean phantom:organ, "):
+        choose_tasks(ids=["phantom:orgn"])
+    with pytest.raises(UsageError, match=r"no task '2d:A9'; did you mean .*curiabench-2d:A1"):
+        choose_tasks(ids=["2d:A9"])
+    with pytest.raises(UsageError, match="no task '3d'; that is a suite: --suite 3d"):
+        choose_tasks(ids=["3d"])
+    with pytest.raises(UsageError, match="no suite '4d'; expected 2d, 3d, voxelfm, phantom, curiabench-2d"):
+        choose_tasks("4d")
 
 
 def test_published_numbers() -> None:

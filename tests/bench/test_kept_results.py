@@ -95,6 +95,37 @@ def test_what_can_no_longer_be_learnt_has_no_score(tmp_path, root, monkeypatch):
     assert not result["scores"]
 
 
+def test_what_another_run_left_out_makes_no_later_run_incomplete(tmp_path, root, monkeypatch):
+    survival, age = (open_task(task, root) for task in choose_tasks(ids=["phantom:survival", "phantom:age"]))
+    censored = [replace(case, target=(case.target[0], 0.0)) for case in survival[1].cases]
+    offer(monkeypatch, survival[0], replace(survival[1], cases=tuple(censored)))
+    assert not run_bench([survival[0]], ["pixels"], root, tmp_path / "out", QUICK)["complete"]
+    offer(monkeypatch, *age)
+    result = run_bench([age[0]], ["pixels"], root, tmp_path / "out", QUICK)
+    assert result["complete"]
+    assert [row["task"] for row in result["left_out"]] == ["phantom:survival"]  # still told
+    offer(monkeypatch, *survival)
+    result = run_bench([survival[0]], ["pixels"], root, tmp_path / "out", QUICK)
+    assert result["complete"]
+    assert not result["left_out"]
+
+
+def test_a_folder_is_bound_by_its_first_predictions(tmp_path, root):
+    tasks = choose_tasks(ids=["phantom:age"])
+    with pytest.raises(UsageError):
+        run_bench(tasks, ["no-such-model"], root, tmp_path / "out", replace(QUICK, seed=3))
+    assert (tmp_path / "out" / "results.json").is_file()
+    assert run_bench(tasks, ["pixels"], root, tmp_path / "out", QUICK)["complete"]
+    with pytest.raises(UsageError, match="other settings"):
+        run_bench(tasks, ["pixels"], root, tmp_path / "out", replace(QUICK, seed=3))
+    (tmp_path / "begun" / "features" / "labels").mkdir(parents=True)  # stopped while it read labels
+    assert run_bench(tasks, ["pixels"], root, tmp_path / "begun", QUICK)["complete"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    with pytest.raises(UsageError, match="is not empty"):
+        run_bench(tasks, ["pixels"], root, tmp_path / "photos", QUICK)
+
+
 def test_two_models_of_one_name_are_refused_until_one_is_named(tmp_path, root):
     one, two = encoder(tmp_path / "a", 0), encoder(tmp_path / "b", 1)
     (task,) = choose_tasks(ids=["phantom:age"])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from scipy.stats import norm
 from sklearn.calibration import calibration_curve
@@ -31,6 +33,7 @@ from hilum.bench.report.arrays import (
 )
 from hilum.bench.report.case_images import data_pictures
 from hilum.bench.report.page import show_results
+from hilum.bench.report.pictures import Curve, learning_curves
 from hilum.bench.report.reproduce import reproduce
 from hilum.bench.report.results import read_results
 from hilum.bench.report.tables import Cell, average, board_latex, make_board, same_model, text_of
@@ -299,3 +302,21 @@ def test_one_model_alone_has_no_differences(tmp_path):
         write_results(tmp_path / "r", one, models=("small vit",), seeds=1, num_patients=20), tmp_path / "page.html"
     )
     assert "Differences" not in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_titles_of_panels_do_not_overlap(number):
+    at = np.array([1.0, 5.0])
+    curves = [Curve(name="a model", at=at, value=at, low=at - 1, high=at + 1)]
+    panels = [
+        ("Which organ is in the box, few cases of each class, whole volumes", "cases", "accuracy", 0.1, curves)
+    ] * number
+    figure = learning_curves(panels)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [
+        text.get_window_extent(canvas.get_renderer())
+        for axes in figure.axes if axes.get_visible() for text in (axes._left_title, axes.xaxis.label)
+    ]  # fmt: skip
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)

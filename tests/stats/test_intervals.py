@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from hilum.metrics import accuracy, auroc
-from hilum.stats import bootstrap_interval, paired_difference
+from hilum.stats import bootstrap_interval, interval_of, paired_difference
 
 
 def _mean(values):
@@ -124,3 +125,24 @@ def test_errors_say_what_is_missing():
         bootstrap_interval(auroc, np.ones(4), np.arange(4), clusters=np.arange(4))
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap_interval(_mean, np.arange(3), clusters=[1, 2, 3], level=95)
+
+
+def test_of_few_patients_the_interval_of_a_mean_is_students():
+    values = np.random.default_rng(3).normal(size=8)
+    found = bootstrap_interval(lambda x: float(x.mean()), values, clusters=np.arange(8), num_resamples=20_000)
+    half = t.ppf(0.975, 7) * values.std(ddof=1) / np.sqrt(8)
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
+
+
+def test_the_bias_of_resampling_is_undone():
+    """A resample's variance is on average (n - 1) / n of the sample's; limits of a logarithm are logarithms of the limits."""
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=30)
+    draws = np.array([rng.choice(values, 30).var() for _ in range(4000)])
+    corrected, plain = (interval_of(values.var(), draws, np.arange(30), corrected=c) for c in (True, False))
+    assert corrected.low > plain.low
+    assert corrected.high > 1.05 * plain.high
+    logarithm = interval_of(np.log(values.var()), np.log(draws), np.arange(30))
+    assert np.exp([logarithm.low, logarithm.high]) == pytest.approx([corrected.low, corrected.high], rel=1e-3)
+    many = interval_of(0.0, np.linspace(-1, 1, 1001), np.arange(100_000))
+    assert (many.low, many.high) == pytest.approx((-0.95, 0.95), abs=1e-3)

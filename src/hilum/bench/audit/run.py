@@ -11,11 +11,12 @@ import numpy as np
 
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.store.store import Store
-from hilum.bench.audit.find import Finding, check_features, check_labels, find_leaks
+from hilum.bench.audit.find import Finding, check_copies, check_features, check_labels, find_leaks
 from hilum.bench.audit.images import Images, add_cases, add_store
 from hilum.bench.run.features import FeatureCache
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.suites import Asked, open_task
+from hilum.bench.splits import hash_case
 from hilum.bench.task import Case, Task
 from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError
@@ -76,8 +77,8 @@ def audit(
 
     data      folder of the data sets
     store     that the encoder was pre-trained on, made with the same key
-    model     an encoder, by which features and labels are checked too; `features` is a folder that keeps its vectors, such
-              as RESULTS/features; without it they are not kept
+    model     an encoder, by which copies are sought and features and labels are checked too; `features` is a folder that keeps
+              its vectors, such as RESULTS/features; without it they are not kept
 
     seed      of splits that no publisher made, as in `hilum bench run`
 
@@ -106,7 +107,7 @@ def audit(
             if encoder is not None:
                 with nullcontext(features) if features is not None else TemporaryDirectory() as folder:
                     cache = FeatureCache(Path(folder), encoder, reader=reader)
-                    found += _check_encoder(task, cases, cache, progress)
+                    found += _check_encoder(task, cases, cache, key, progress)
     return Audit(findings=tuple(found), slices=slices, refused=refused, notes=tuple(notes))
 
 
@@ -118,16 +119,23 @@ def _read(asked: Asked, data: Path, seed: int, progress: Progress | None) -> tup
     return task, found.cases
 
 
-def _check_encoder(task: Task, cases: Sequence[Case], cache: FeatureCache, progress: Progress | None) -> list[Finding]:
-    """Features and labels of the training cases."""
-    train = [case for case in cases if case.split == "train"]
-    if not train or task.kind in ("segmentation", "localisation"):
-        return []
-    rows = cache.features(task, train, progress=progress)
+def _check_encoder(
+    task: Task, cases: Sequence[Case], cache: FeatureCache, key: Key, progress: Progress | None
+) -> list[Finding]:
+    """Copies by the features of all cases; features and labels of the training cases."""
+    rows = cache.features(task, cases, progress=progress)
     kept = [n for n, reason in enumerate(rows.reasons) if not reason]
     if not kept:
         return []
-    vectors = rows.take(kept).vectors("mean")
-    found = check_features(task.id, vectors)
-    targets = np.array([train[n].target for n in kept], float)
-    return found + check_labels(task.id, task.kind, vectors, targets, [train[n].patient for n in kept])
+    vectors, cases = rows.take(kept).vectors("mean"), [cases[n] for n in kept]
+    patients = [case.patient for case in cases]
+    found: list[Finding] = []
+    if np.isfinite(vectors).all():
+        owners = [hash_case(task, case, key) for case in cases]
+        found += check_copies(task.id, vectors, [str(case.split) for case in cases], owners, patients)
+    train = [n for n, case in enumerate(cases) if case.split == "train"]
+    if not train or task.kind in ("segmentation", "localisation"):
+        return found
+    targets = np.array([cases[n].target for n in train], float)
+    found += check_features(task.id, vectors[train])
+    return found + check_labels(task.id, task.kind, vectors[train], targets, [patients[n] for n in train])

@@ -6,6 +6,7 @@ apart; each comes with a marker of its own, so that a figure printed in grey can
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#5b6675"
 WIDTH = 9.6  # inches
+CHARACTERS_AN_INCH = 16  # of a title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ def _forest_panel(axes: Axes, title: str, label: str, nothing: float | None, lin
                   va="center", ha="left")  # fmt: skip
     axes.set_yticks(range(len(lines)), [_cut(line.name, 26) for line in lines], fontsize=7)
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.set_title(title, fontsize=8, loc="left")
+    _title(axes, title)
     axes.set_xlabel(label, fontsize=7)
     _plain(axes, sides=("top", "right", "left"))
 
@@ -249,10 +251,20 @@ def _panels(rows: int, columns: int, height: float, width: float = WIDTH) -> tup
 
 def _name_axes(axes: Axes, title: str, across: str, up: str) -> None:
     axes.set_visible(True)
-    axes.set_title(title, fontsize=8, loc="left")
+    _title(axes, title)
     axes.set_xlabel(across, fontsize=7)
     axes.set_ylabel(up, fontsize=7)
     _plain(axes)
+
+
+def _title(axes: Axes, title: str) -> None:
+    """Over the left end, in lines that end where the panel does."""
+    place, figure = axes.get_subplotspec(), axes.get_figure(root=True)
+    assert place is not None
+    assert figure is not None
+    width = figure.get_figwidth() / place.get_gridspec().ncols - 0.6  # inches, without the names of the axis
+    lines = [fill(line, max(12, int(width * CHARACTERS_AN_INCH))) for line in title.splitlines()]
+    axes.set_title("\n".join(lines), fontsize=8, loc="left")
 
 
 def _plain(axes: Axes, sides: Sequence[str] = ("top", "right")) -> None:

@@ -4,8 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hilum.bench.catalogue.published import published_scores
 from hilum.bench.report.results import FULL, Entry, read_results
 from hilum.bench.report.tables import cell_of, cell_of_paper, published_of, same_model
+from hilum.bench.run.suites import choose_tasks
 from hilum.bench.task import Task
 from hilum.errors import InputError
 from hilum.terminal import few, wrap_row
@@ -94,6 +96,13 @@ def reproduce(results: str | Path, task: str, model: str) -> Reproduction:
         published_low=paper.low, published_high=paper.high, ours=ours.value, low=ours.low, high=ours.high, inside=inside,
         reasons=gap_reasons(about, found.record, entry, paper_has_interval=theirs.se is not None),
     )  # fmt: skip
+
+
+def check_published(task: str) -> None:
+    """InputError when no paper has a number for a task, so that nobody runs it in vain; UsageError for an unknown one."""
+    (about,) = choose_tasks(ids=[task])
+    if isinstance(about, Path) or not published_scores(about):
+        raise InputError(f"nothing is published for {task}; expected a task of 2d, 3d or voxelfm (hilum bench list)")
 
 
 def gap_reasons(task: Task, record: dict[str, Any], entry: Entry, *, paper_has_interval: bool) -> tuple[str, ...]:

@@ -57,8 +57,8 @@ def expand_protocols(names: Sequence[str]) -> tuple[str, ...]:
     for name in found:
         if name not in ("full", "curia", "tokens") and erased_names(name) is None and not _is_point(name):
             raise UsageError(
-                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F, chunked or "
-                "chunked:N, curia, tokens, erased or erased:NUISANCE+NUISANCE"
+                f"protocol '{name}' is unknown; expected full, few-shot or few-shot:K, fraction or fraction:F (a share "
+                "such as fraction:0.25), chunked or chunked:N, curia, tokens, erased or erased:NUISANCE+NUISANCE"
             )
     return tuple(dict.fromkeys(found))
 

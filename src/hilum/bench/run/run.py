@@ -111,17 +111,22 @@ def run_bench(
              calls it LABEL in files and tables; A+B joins the vectors of two labels (`hilum.bench.run.joined`)
     data     folder of the data sets
 
+    The result also has "complete": whether nothing was left out of these tasks on these models; results.json keeps what
+    earlier runs in the folder left out of others.
+
     InputError when cases are missing or refused and `allow_missing` is off: nothing is left out silently.
     """
     began = time.monotonic()
     bench = _Bench(Path(data), Path(out), settings or BenchSettings(), key or read_key(), progress)
     opened = [bench.open_task(asked) for asked in tasks]
     opened.sort(key=lambda pair: pair[0].kind not in _DENSE)  # their tokens give the vectors of others, too
+    names = set()
     caches: dict[str, FeatureCache] = {}
     for name in sorted(models, key=lambda name: "+" in split_label(name)[1]):  # what joins others comes after them
         label, source = split_label(name)
         if joined := join_models(label, source, caches):
             bench.note_model(source, joined.encoder)
+            names.add(joined.encoder.name)
             for task, found in opened:
                 bench.run_task(task, found, joined, str(joined.encoder.device))
             continue
@@ -132,6 +137,7 @@ def run_bench(
         )
         caches[encoder.name] = cache
         bench.note_model(source, encoder)
+        names.add(encoder.name)
         for task, found in opened:
             bench.run_task(task, found, cache, str(encoder.device))
     bench.record["left_out"] = [row for row in bench.record["left_out"] if not row.get("unscored")]
@@ -142,7 +148,9 @@ def run_bench(
     )  # fmt: skip
     bench.record["seconds"] = round(time.monotonic() - began, 1)
     bench.write_record()
-    return {**bench.record, "scores": scores}
+    ours = {(task.id, name) for task, _ in opened for name in names}
+    complete = not any((row["task"], row["model"]) in ours for row in bench.record["left_out"])
+    return {**bench.record, "scores": scores, "complete": complete}
 
 
 def split_label(name: str) -> tuple[str, str]:
@@ -381,7 +389,8 @@ def _slug(name: str) -> str:
 
 
 def _open_record(out: Path, settings: BenchSettings, key: Key) -> dict[str, Any]:
-    """results.json of a new folder, or of one that goes on. UsageError when it has other settings or another key."""
+    """results.json of a new folder, or of one that goes on. UsageError when it has predictions by other settings or another
+    key; a run that stopped before its first prediction binds nobody."""
     now = {
         "format": "hilum-bench-results",
         "version": 1,
@@ -394,13 +403,15 @@ def _open_record(out: Path, settings: BenchSettings, key: Key) -> dict[str, Any]
         "machine": machine(),
     }
     if not (out / "results.json").exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and {path.name for path in out.iterdir()} - {"features", "splits"}:
             raise UsageError(f"{out} is not empty and holds no results; choose a new folder")
         return now
     old = read_json(out / "results.json")
     if not isinstance(old, dict) or old.get("format") != "hilum-bench-results" or old.get("version") != 1:
         raise InputError(f"{out}/results.json is none of this hilum's; choose another folder")
     if changed := differences(_fixed(old), _fixed(now)):
+        if not any((out / "predictions").glob("*.parquet")):
+            return now
         raise UsageError(
             f"{out} was made with other settings ({'; '.join(changed)}); choose a new folder, or give the same"
         )

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hilum.probe.heads.losses import Loss
+from hilum.probe.heads.losses import Loss, take_rows
 
 MOMENTUM = 0.9
 INITIAL_SD = 0.01
@@ -73,10 +73,10 @@ def descend(X: Tensor, loss: Loss, num_outputs: int, descent: Descent, seeds: Se
         num_seeds = min(len(seeds), max(1, CACHE_BYTES // (width * num_rates)))
     rates = [descent.rates[n : n + num_rates] for n in range(0, len(descent.rates), num_rates)]
     groups = [seeds[n : n + num_seeds] for n in range(0, len(seeds), num_seeds)]
-    pieces = [(group, replace(descent, rates=some)) for group in groups for some in rates]
+    pieces = [(group, replace(descent, rates=some)) for some in rates for group in groups]  # large ones first
     done = _on_all_cores([partial(_descend, X, loss, num_outputs, some, group) for group, some in pieces])
-    by_group = [done[n : n + len(rates)] for n in range(0, len(done), len(rates))]
-    weights, biases = (torch.cat([torch.cat([part[i] for part in parts], 1) for parts in by_group]) for i in (0, 1))
+    by_rate = [done[n : n + len(groups)] for n in range(0, len(done), len(groups))]
+    weights, biases = (torch.cat([torch.cat([part[i] for part in parts]) for parts in by_rate], 1) for i in (0, 1))
     return weights, biases
 
 
@@ -93,35 +93,68 @@ def _on_all_cores(work: Sequence[Callable[[], tuple[Tensor, Tensor]]]) -> list[t
 
 
 def _descend(X: Tensor, loss: Loss, C: int, descent: Descent, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    (N, D), R = X.shape, len(descent.rates)
+    (N, D), R, S = X.shape, len(descent.rates), len(seeds)
     drawn = [draw(seed, D, C, N, descent.epochs) for seed in seeds]
     W = torch.stack([weights.to(X).repeat(1, R) for weights, _ in drawn])  # (s, D, R·C)
-    V, b, u = torch.zeros_like(W), W.new_zeros(len(seeds), R * C), W.new_zeros(len(seeds), R * C)
+    V, b, u = torch.zeros_like(W), W.new_zeros(S, R * C), W.new_zeros(S, R * C)
     orders = torch.stack([order for _, order in drawn], 1).to(X.device)  # (epochs, s, N)
     rates = X.new_tensor(descent.rates)
-    if descent.half:
-        X, W_used = X.bfloat16(), W.bfloat16()
-    else:
-        W_used = W
+    product = _Half(X, W) if descent.half else _Full(X, W)
     step = 0
     for order_sN in orders:
         for rows_sB in order_sN.split(descent.batch_size, 1):
-            x = X[rows_sB]
-            logits = torch.bmm(x, W_used).to(W.dtype).add_(b.unsqueeze(1))
+            x = product.take(rows_sB)
+            logits = product.logits(x).add_(b.unsqueeze(1))
             gradient = loss.gradient(logits.view(*rows_sB.shape, R, C), rows_sB)
             scale = rates if descent.clip is None else rates * _clip(x.to(W.dtype), gradient, descent.clip)
             G = gradient.mul_(scale.view(-1, 1, R, 1)).flatten(2)
             factor = descent.factor(step, N)
             u.mul_(MOMENTUM).add_(G.sum(1))
             b.add_(u, alpha=-factor)
-            if descent.half:
-                V.mul_(MOMENTUM).add_(torch.bmm(x.mT, G.bfloat16()))
-                W_used.copy_(W.add_(V, alpha=-factor))
-            else:
-                V.baddbmm_(x.mT, G, beta=MOMENTUM)
-                W.add_(V, alpha=-factor)
+            product.move(V, x, G)
+            W.add_(V, alpha=-factor)
+            product.follow(W)
             step += 1
     return W.view(-1, D, R, C).transpose(1, 2), b.view(-1, R, C)
+
+
+class _Full:
+    """Products with the weights W (s, D, R·C) in their own precision."""
+
+    def __init__(self, X: Tensor, W: Tensor) -> None:
+        self.X, self.W = X, W
+
+    def take(self, rows_sB: Tensor) -> Tensor:
+        """(s, B, D) of the cases."""
+        return take_rows(self.X, rows_sB)
+
+    def logits(self, x_sBD: Tensor) -> Tensor:
+        return torch.bmm(x_sBD, self.W)
+
+    def move(self, V: Tensor, x_sBD: Tensor, G: Tensor) -> None:
+        """V = MOMENTUM · V + xᵀ G, in place."""
+        V.baddbmm_(x_sBD.mT, G, beta=MOMENTUM)
+
+    def follow(self, W: Tensor) -> None:
+        """Told after each change of W."""
+
+
+class _Half(_Full):
+    """Products in bfloat16 with a copy of W, into memory of their own: fresh memory of this size costs more than the sums."""
+
+    def __init__(self, X: Tensor, W: Tensor) -> None:
+        super().__init__(X.bfloat16(), W.bfloat16())
+        self.product, self.gradient = torch.empty_like(self.W), torch.empty_like(W)
+
+    def logits(self, x_sBD: Tensor) -> Tensor:
+        return super().logits(x_sBD).to(self.gradient.dtype)
+
+    def move(self, V: Tensor, x_sBD: Tensor, G: Tensor) -> None:
+        torch.bmm(x_sBD.mT, G.bfloat16(), out=self.product)
+        torch.add(self.gradient.copy_(self.product), V, alpha=MOMENTUM, out=V)
+
+    def follow(self, W: Tensor) -> None:
+        self.W.copy_(W)
 
 
 def _clip(x_sBD: Tensor, gradient_sBRC: Tensor, largest: float) -> Tensor:

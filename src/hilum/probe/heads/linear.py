@@ -1,5 +1,6 @@
 """A linear head with an L2 penalty, solved to its minimum: logistic regression, or ridge for numbers."""
 
+import warnings
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -57,7 +58,10 @@ class LinearProbe(Head):
         check_task(self)
         X = check_vectors(X)
         y = check_targets(y, self.task, len(X))
-        with threadpool_limits(1):
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The number of unique classes is greater than 50%"
+            )  # few cases of many organs
             if self.task == "multilabel":
                 self.labels_ = [self._fit_label(X, y, groups, validation, label) for label in range(y.shape[1])]
             else:

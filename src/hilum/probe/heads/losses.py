@@ -36,9 +36,10 @@ class CaseLoss:
     weights: Tensor
 
     def gradient(self, outputs_sBRC: Tensor, rows_sB: Tensor) -> Tensor:
-        weights = self.weights[rows_sB].unsqueeze(2) / rows_sB.shape[1]
-        activated = activate(self.activation, outputs_sBRC)
-        return (activated - self.targets[rows_sB].unsqueeze(2)).mul_(weights)
+        targets, weights = (take_rows(part, rows_sB).unsqueeze(2) for part in (self.targets, self.weights))
+        if self.activation == "none":
+            outputs_sBRC = outputs_sBRC.clone()
+        return activate(self.activation, outputs_sBRC).sub_(targets).mul_(weights / rows_sB.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,11 @@ class CoxLoss:
     def value(self, risk_sRB: Tensor, rows_sB: Tensor) -> Tensor:
         """(s, R)."""
         return cox_loss(risk_sRB, self.time[rows_sB].unsqueeze(1), self.event[rows_sB].unsqueeze(1))
+
+
+def take_rows(table: Tensor, rows_sB: Tensor) -> Tensor:
+    """(s, B, …) rows of a table (N, …). `index_select` is several times as quick as an index."""
+    return table.index_select(0, rows_sB.flatten()).view(*rows_sB.shape, *table.shape[1:])
 
 
 def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:

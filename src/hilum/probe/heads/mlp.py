@@ -7,7 +7,7 @@ B cases of a step, D width, C outputs.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,25 +15,16 @@ from torch import Tensor
 
 from hilum.encode.encoder import pick_device
 from hilum.errors import UsageError
-from hilum.probe.heads.head import (
-    Array,
-    Head,
-    Task,
-    Validation,
-    check_targets,
-    check_task,
-    check_vectors,
-    column_moments,
-    hold_out,
-)
-from hilum.probe.heads.losses import ACTIVATIONS, Loss, activate, choice_loss, make_target
+from hilum.probe.heads.head import Array, Task, check_vectors, column_moments
+from hilum.probe.heads.losses import ACTIVATIONS, Loss, activate, make_target
+from hilum.probe.heads.rates import RatesHead
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 LEAST_EPOCHS, LEAST_STEPS = 20, 300
 ROWS_AT_ONCE = 4096  # of cases that are judged
 
 
-class MLPHead(Head):
+class MLPHead(RatesHead):
     """One hidden layer on standardised features, by Adam with a cosine to zero.
 
     task            "classification", "multilabel", "regression" or "survival" (Cox, within each batch)
@@ -77,34 +68,13 @@ class MLPHead(Head):
         self.device = device
         self.seed = seed
 
-    def fit(self, X: Any, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:
-        """As every head."""
-        check_task(self)
+    def _check(self) -> tuple[float, ...]:
         if min(self.seeds, self.batch_size, self.width, self.epochs or 1) < 1 or not 0 <= self.dropout < 1:
             raise UsageError(f"expected at least one seed, case a batch, hidden unit and epoch, and 0 ≤ dropout < 1; found "
                              f"{self.seeds}, {self.batch_size}, {self.width}, {self.epochs}, {self.dropout}")  # fmt: skip
-        X = check_vectors(X, np.float32)
-        y = check_targets(y, self.task, len(X))
-        if self.task == "classification":
-            self.classes_ = np.unique(y)
-        rates = tuple(self.learning_rates or RATES)
-        self.validation_loss_: Array | None = None
-        self.parameters_: list[Tensor] = []
-        self.learning_rate_ = rates[len(rates) // 2]
-        if len(rates) > 1 and validation is None:
-            train, held = hold_out(y, self.task, groups, self.seed)
-            if len(held) and (self.task != "survival" or y[train, 1].any()):
-                self._train(X[train], y[train], rates)
-                self._choose(rates, X[held], y[held])
-            rates = (self.learning_rate_,)
-        self._train(X, y, rates)
-        best = self._choose(rates, *validation) if len(rates) > 1 and validation is not None else 0
-        by_seed = (part.view(self.seeds, len(rates), *part.shape[1:]) for part in self.parameters_)
-        self.parameters_ = [part[:, best] for part in by_seed]
-        self.n_features_in_ = X.shape[1]
-        return self
+        return RATES
 
-    def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> None:
+    def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> list[Tensor]:
         device = pick_device(self.device)
         self.mean_, self.scale_ = column_moments(X)
         classes = self.classes_ if self.task == "classification" else None
@@ -122,28 +92,21 @@ class MLPHead(Head):
             width=self.width,
             dropout=self.dropout,
         )
-        self.parameters_ = [part.cpu() for part in found]
+        return [part.cpu().view(self.seeds, len(rates), *part.shape[1:]) for part in found]
 
-    def _choose(self, rates: tuple[float, ...], X: Any, y: Any) -> int:
-        """Place of the best rate among heads that lie seed after seed, rate after rate."""
-        outputs = self._raw(X)
-        classes = self.classes_ if self.task == "classification" else None
-        losses = np.array([choice_loss(self.task, one, y, classes) for one in outputs]).reshape(self.seeds, len(rates))
-        self.validation_loss_ = losses
-        best = int(losses.mean(axis=0).argmin())
-        self.learning_rate_ = rates[best]
-        return best
-
-    def _raw(self, X: Any) -> Tensor:
-        """(heads, N, C) before activation, in the unit of the target."""
-        rows = torch.from_numpy(((check_vectors(X, np.float32) - self.mean_) / self.scale_).astype(np.float32))
+    def _raw(self, parts: Sequence[Tensor], X: Array) -> Tensor:
+        heads = [part.flatten(0, 1) for part in parts]
+        rows = torch.from_numpy(((X - self.mean_) / self.scale_).astype(np.float32))
         with torch.inference_mode():
-            heads = len(self.parameters_[0])
-            parts = [forward(self.parameters_, part.expand(heads, -1, -1)) for part in rows.split(ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
-            return torch.cat(parts, 1) * self.spread_ + self.offset_
+            some = [forward(heads, part.expand(len(heads[0]), -1, -1)) for part in rows.split(ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
+            return torch.cat(some, 1) * self.spread_ + self.offset_
+
+    def _keep(self, parts: Sequence[Tensor]) -> None:
+        self.parameters_ = list(parts)
 
     def _outputs(self, X: Any) -> Array:
-        found: Array = activate(ACTIVATIONS[self.task], self._raw(X)).numpy()
+        raw = self._raw([part.unsqueeze(1) for part in self.parameters_], check_vectors(X, np.float32))
+        found: Array = activate(ACTIVATIONS[self.task], raw).numpy()
         return found
 
 

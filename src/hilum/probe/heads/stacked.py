@@ -1,8 +1,9 @@
 """Linear heads of several seeds and learning rates, fitted in one pass; the learning rate is chosen on validation cases."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,18 +12,9 @@ from torch import Tensor
 from hilum.encode.encoder import pick_device
 from hilum.errors import UsageError
 from hilum.probe.heads.descent import Descent, descend
-from hilum.probe.heads.head import (
-    Array,
-    Head,
-    Task,
-    Validation,
-    check_targets,
-    check_task,
-    check_vectors,
-    column_moments,
-    hold_out,
-)
-from hilum.probe.heads.losses import ACTIVATIONS, activate, choice_loss, make_target
+from hilum.probe.heads.head import Array, Task, check_vectors, column_moments
+from hilum.probe.heads.losses import ACTIVATIONS, activate, make_target
+from hilum.probe.heads.rates import RatesHead
 
 HALF_FROM = 1 << 18  # weights of one seed; smaller products are as quick in float32
 LEAST_STEPS = 1000
@@ -68,7 +60,7 @@ PROTOCOLS = {
 }
 
 
-class StackedLinear(Head):
+class StackedLinear(RatesHead):
     """Linear heads by SGD: softmax, one logistic output a label, or least squares.
 
     task            "classification", "multilabel" or "regression"
@@ -115,31 +107,7 @@ class StackedLinear(Head):
         self.device = device
         self.seed = seed
 
-    def fit(self, X: Any, y: Any, groups: Array | None = None, validation: Validation | None = None) -> Self:
-        """As every head."""
-        protocol = self._check()
-        X = check_vectors(X, np.float32)
-        y = check_targets(y, self.task, len(X))
-        if self.task == "classification":
-            self.classes_ = np.unique(y)
-        rates = tuple(self.learning_rates or protocol.rates)
-        self.validation_loss_: Array | None = None
-        self.learning_rate_ = rates[len(rates) // 2]
-        if len(rates) == 1:
-            self._keep(self._train(X, y, rates), 0)
-        elif validation is not None:
-            trained = self._train(X, y, rates)
-            self._keep(trained, self._choose(trained, rates, *validation))
-        else:
-            train, held = hold_out(y, self.task, groups, self.seed)
-            if len(held):
-                self._choose(self._train(X[train], y[train], rates), rates, X[held], y[held])
-            self._keep(self._train(X, y, (self.learning_rate_,)), 0)
-        self.n_features_in_ = X.shape[1]
-        return self
-
-    def _check(self) -> Protocol:
-        check_task(self)
+    def _check(self) -> tuple[float, ...]:
         if self.protocol not in PROTOCOLS:
             raise UsageError(f"unknown protocol '{self.protocol}'; known: {', '.join(PROTOCOLS)}")
         if self.class_weight not in (None, "balanced") or self.precision not in ("auto", "float32"):
@@ -148,7 +116,8 @@ class StackedLinear(Head):
         if self.seeds < 1 or self.batch_size < 1 or (self.epochs is not None and self.epochs < 1):
             raise UsageError(f"expected at least one seed, epoch and case a batch; found {self.seeds} seeds, "
                              f"{self.epochs} epochs, batches of {self.batch_size}")  # fmt: skip
-        return PROTOCOLS[self.protocol]
+        protocol = PROTOCOLS[self.protocol]
+        return protocol.rates
 
     def _train(self, X: Array, y: Array, rates: tuple[float, ...]) -> tuple[Tensor, Tensor]:
         """Weights (S, R, D, C) and biases (S, R, C) for raw features and targets."""
@@ -185,20 +154,13 @@ class StackedLinear(Head):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
-    def _choose(self, trained: tuple[Tensor, Tensor], rates: tuple[float, ...], X: Any, y: Any) -> int:
-        X = torch.from_numpy(check_vectors(X, np.float32))
-        weights, biases = trained
-        classes = self.classes_ if self.task == "classification" else None
-        losses = np.empty(weights.shape[:2])
-        for s, r in np.ndindex(*losses.shape):
-            losses[s, r] = choice_loss(self.task, torch.addmm(biases[s, r], X, weights[s, r]), y, classes)
-        self.validation_loss_ = losses
-        best = int(losses.mean(axis=0).argmin())
-        self.learning_rate_ = rates[best]
-        return best
+    def _raw(self, parts: Sequence[Tensor], X: Array) -> Iterator[Tensor]:
+        weights, biases = parts
+        for s, r in np.ndindex(*weights.shape[:2]):
+            yield torch.addmm(biases[s, r], torch.from_numpy(X), weights[s, r])
 
-    def _keep(self, trained: tuple[Tensor, Tensor], rate: int) -> None:
-        self.weights_, self.biases_ = (part[:, rate].contiguous().numpy() for part in trained)
+    def _keep(self, parts: Sequence[Tensor]) -> None:
+        self.weights_, self.biases_ = (part.numpy() for part in parts)
 
     def _outputs(self, X: Any) -> Array:
         rows = check_vectors(X, np.float32)
