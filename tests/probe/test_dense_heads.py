@@ -9,9 +9,11 @@ from torch import nn
 from hilum.encode.table.patches import Patches
 from hilum.errors import ContractError, GeometryError, UsageError
 from hilum.metrics import dice
-from hilum.probe.heads.dense import Decoder, SegmentationHead, count_classes, finer_affine, on_scan, truth_on_grid
+from hilum.probe.heads.decoders import PatchDecoder, ResizeDecoder, token_places
+from hilum.probe.heads.dense import SegmentationHead, _overlaps, count_classes, on_scan
 from hilum.probe.heads.localisation import AttentionLocaliser, LightLocaliser, LocalisationHead
-from hilum.probe.heads.tokens import TokenSequence, case_tokens
+from hilum.probe.heads.tokens import TokenFile, TokenSequence, case_tokens
+from hilum.probe.heads.windows import Truths, Window, draw_window, finer_affine, tent, tiles, truth_on_grid
 from hilum.volume import Volume
 
 RNG = np.random.default_rng(4)
