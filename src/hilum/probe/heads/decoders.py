@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,11 +31,14 @@ class PatchDecoder(nn.Module):
         self.linear = nn.Conv3d(tokens, cells, 1)
         self.first = nn.Conv3d(tokens, width, 1)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv3d(width, width, 3, padding=1), nn.GroupNorm(min(NORM_GROUPS, width), width), nn.ReLU())
+            nn.Sequential(
+                nn.Conv3d(width, width, 3, padding=1), nn.GroupNorm(min(NORM_GROUPS, width), width), nn.ReLU()
+            )
             for _ in range(blocks)
         )
         self.last = nn.Conv3d(width, cells, 1)
         nn.init.zeros_(self.last.weight)
+        assert self.last.bias is not None
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ class PatchDecoder(nn.Module):
         hidden = functional.relu(self.first(x))
         for block in self.blocks:
             hidden = hidden + block(hidden)
-        found = self.linear(x) + self.last(hidden)
+        found: Tensor = self.linear(x) + self.last(hidden)
         batch, (k, j, i), (a, b, c) = len(x), x.shape[2:], self.upscale
         found = found.reshape(batch, self.classes, a, b, c, k, j, i).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return found.reshape(batch, self.classes, k * a, j * b, i * c)

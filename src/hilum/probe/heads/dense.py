@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from hilum.errors import ContractError, UsageError
@@ -246,7 +246,9 @@ class SegmentationHead(Head):
     def _network(self) -> ModuleNetwork:
         channels = self.n_features_in_ + (PLACES if self.positions else 0)
         sizes = (channels, self.width, self.num_blocks, self.num_classes_ + 1, self._finer)
-        make = (lambda: PatchDecoder(*sizes)) if self.decoder == "patch" else (lambda: ResizeDecoder(*sizes, self.planar_))
+        make = (
+            (lambda: PatchDecoder(*sizes)) if self.decoder == "patch" else (lambda: ResizeDecoder(*sizes, self.planar_))
+        )
         return _WithTruth(make, lambda module, batch: module(batch.tokens))
 
     def _lanes_at_once(self) -> int:
@@ -335,9 +337,9 @@ class SegmentationHead(Head):
                 with torch.no_grad():
                     logits = network.outputs(lanes, boxes, None)[0]
                 for n, window in enumerate(some):
-                    place = tuple(slice(f, f + d) for f, d in zip(scaled(window.start, self._finer), weights.shape))
-                    total[(..., *place)] += logits[:, n] * weights
-                    share[place] += weights
+                    k, j, i = (slice(f, f + d) for f, d in zip(scaled(window.start, self._finer), weights.shape))
+                    total[..., k, j, i] += logits[:, n] * weights
+                    share[k, j, i] += weights
             yield total / share
 
     def _cells(self, X: TokenSequence) -> Iterator[tuple[Iterator[Tensor], FloatArray]]:

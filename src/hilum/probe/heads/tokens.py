@@ -141,7 +141,9 @@ class TokenSequence:
         if isinstance(item, CaseTokens):
             return replace(item, tokens=item.tokens[:0], place=item.place[:0], weights=None)
         found = read_patches(item.path, box=NOTHING)
-        rows = np.arange(found.grid[0]) if item.slices is None else np.array([found.slices.index(z) for z in item.slices])
+        rows = (
+            np.arange(found.grid[0]) if item.slices is None else np.array([found.slices.index(z) for z in item.slices])
+        )
         affines = None if found.affines is None else found.affines[rows]
         return case_tokens(found._replace(grid=(len(rows), *found.grid[1:]), affines=affines))
 

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -105,7 +104,7 @@ def draw_window(
                   15 %)
     """
     labels, grid = truths.read(case), truths.grids[case]
-    room = np.array(grid) - size
+    room = np.array(grid, np.int64) - np.array(size, np.int64)
     for _ in range(TRIES):
         start = rng.integers(room + 1)
         if len(truths.classes[case]) and rng.random() < oversample:
