@@ -76,7 +76,7 @@ def restore(record: dict[str, Any], tensors: dict[str, Array]) -> Head:
     except (KeyError, TypeError, AttributeError, HilumError) as error:
         raise ContractError(f"head.json does not describe a {record.get('head')} head: {error}") from None
     found = {name: tuple(tensor.shape[1:]) for name, tensor in weights.items()}
-    if found != wanted or {len(tensor) for tensor in weights.values()} != {settings["seeds"]}:
+    if found != wanted or {len(tensor) for tensor in weights.values()} != {vars(head)["seeds"]}:
         raise ContractError(f"the tensors are not those of a {record['head']} head with the settings of head.json")
     if head.task == "classification":
         head.classes_ = np.arange(len(record["classes"]))

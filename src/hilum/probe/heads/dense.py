@@ -30,7 +30,7 @@ from hilum.volume import FloatArray, Volume
 
 SLAB = 2_000_000  # voxels × channels that are resampled at once
 WINDOWS: dict[bool, Grid] = {False: (8, 8, 8), True: (8, 16, 16)}  # tokens of a box in 3D, and of slices
-MOST_UPSCALE = {False: 8, True: 16}
+MOST_UPSCALE = 8
 MOST_OUTPUTS = 16_384  # classes × cells of one token
 MOMENT_CASES = 64  # training cases from which mean and deviation of tokens are taken
 COUNTS = 4  # of each class: predicted voxels, shared voxels, 95 % Hausdorff distance, mean surface distance
@@ -75,7 +75,7 @@ class SegmentationHead(Head):
     decoder       "patch" (`PatchDecoder`) or "resize" (`ResizeDecoder`, VoxelFM's)
     width, num_blocks  of the decoder
     upscale       cells along each axis of a token (of slices: within the plane); None: as many as the token has voxels,
-                  at most 8 in 3D and 16 in slices
+                  at most 8
     window        tokens of a box along each axis; None: 8 × 8 × 8, of slices 8 × 16 × 16
     oversample, min_labelled  which boxes are drawn (`draw_window`)
     positions     add where a token lies in its scan to what the decoder sees (`token_places`)
@@ -95,9 +95,9 @@ class SegmentationHead(Head):
         *,
         seed: int = 0,
         seeds: int = 5,
-        learning_rates: tuple[float, ...] = (1e-3, 4e-3),
+        learning_rates: tuple[float, ...] = (5e-3, 1.5e-2),
         epochs: int = 8,
-        min_steps: int = 400,
+        min_steps: int = 800,
         batch_size: int = 2,
         optimiser: Literal["adamw", "sgd"] = "adamw",
         weight_decay: float = 0.01,
@@ -227,7 +227,7 @@ class SegmentationHead(Head):
             steps = np.linalg.solve(y[int(n)]._affine("a label map")[:3, :3], X.outline(int(n)).affine[:3, :3])
             found += np.linalg.norm(steps, axis=0)[1 if self.planar_ else 0 :].tolist()
         room = (MOST_OUTPUTS / (self.num_classes_ + 1)) ** (1 / (2 if self.planar_ else 3))
-        return int(np.clip(round(float(np.median(found))), 1, max(1, min(int(room), MOST_UPSCALE[self.planar_]))))
+        return int(np.clip(round(float(np.median(found))), 1, max(1, min(int(room), MOST_UPSCALE))))
 
     def _moments(self, X: TokenSequence) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and deviation (D,) of the tokens of up to MOMENT_CASES training cases, one case in memory at a time."""
