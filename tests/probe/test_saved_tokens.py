@@ -127,7 +127,7 @@ def features_like(grid, affine):
 
 @pytest.mark.parametrize("kind", ["2d", "3d"])
 def test_a_segmentation_overlays_its_scan_in_world_coordinates(hilum, encoders, tmp_path, monkeypatch, kind):
-    """However the file's axes run: same grid and affine, and the centre of the found box is the true one within half a voxel."""
+    """However the file's axes run: same grid and affine; the centre of the found box is the true one within half a voxel."""
     monkeypatch.setenv("HILUM_KEY", str(tmp_path / "key"))
     key = Key.from_file(tmp_path / "key") if hasattr(Key, "from_file") else None
     encoder = load(encoders / kind)

@@ -162,7 +162,7 @@ class TokenHead(Head):
 
         def read(pieces: Sequence[Sequence[int]]) -> Iterator[TokenBatch]:
             # A loop variable here would hold each batch while the next is awaited: three in memory instead of two.
-            yield from map(lambda batch: batch.to(self.device), X.batches(pieces, per_plane=self.pooled_))
+            yield from map(lambda batch: batch.to(self.device), X.batches(pieces, per_plane=self.pooled_))  # noqa: C417
 
         return Data(num=len(X), plan=plan, read=read)
 
