@@ -1,4 +1,4 @@
-"""Attention heads over volumes of 25,000 tokens: cases a second, peak memory, and what lanes and folding save.
+"""Attention heads over volumes of 25,000 tokens: cases a minute, peak memory, and what lanes and folding save.
 
     python benchmarks/speed/token_heads.py [--tokens 25000] [--width 768] [--volumes 8 32] >> RESULTS
 
@@ -11,7 +11,7 @@ Memory is compared from 8 volumes on, a full batch: of fewer, no piece is as lar
     in memory    the same, the fewer volumes read beforehand and held
     one by one   nine heads of one lane, one after the other, streamed, on the fewer volumes
     plain        the probe as torch layers (every token projected, nn.MultiheadAttention), one lane on one volume in memory;
-                 its cases a second are those of nine such, one after the other
+                 its cases a minute are those of nine such, one after the other
 """
 
 import argparse
@@ -88,7 +88,7 @@ def plain(X: TokenSequence) -> None:
 
 
 def one(way: str, paths: list[Path]) -> dict[str, float]:
-    """Cases a second and peak memory of this process, beyond what it had before it began."""
+    """Cases a minute and peak memory of this process, beyond what it had before it began."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     X = TokenSequence([TokenFile(path=path) for path in paths])
     start = time.perf_counter()
@@ -105,7 +105,7 @@ def one(way: str, paths: list[Path]) -> dict[str, float]:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds *= SEEDS * len(RATES) if way == "plain" else 1
-    return {"cases": len(X) / seconds, "MiB": (peak - before) / 1024}
+    return {"cases": 60 * len(X) / seconds, "MiB": (peak - before) / 1024}
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", way, *map(str, paths[:num])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout)
-            results[f"{way}, {num} volumes, cases/s"] = [found["cases"]]
+            results[f"{way}, {num} volumes, cases/min"] = [found["cases"]]
             results[f"{way}, {num} volumes, peak MiB"] = [found["MiB"]]
     print_lines(results, tokens=chosen.tokens, width=chosen.width, lanes=SEEDS * len(RATES))
 
