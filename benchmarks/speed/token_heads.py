@@ -1,17 +1,17 @@
-"""Attention heads over volumes of 25,000 tokens: cases a second, peak memory, and what lanes and folding save.
+"""Attention heads over volumes of 25,000 tokens: cases a minute, peak memory, and what lanes and folding save.
 
-    python benchmarks/speed/token_heads.py [--tokens 25000] [--width 768] [--volumes 16 64] >> RESULTS
+    python benchmarks/speed/token_heads.py [--tokens 25000] [--width 768] [--volumes 8 32] >> RESULTS
 
 Each measurement is a process of its own, so that its peak memory is its own. It trains VoxelFM's one-query probe (hidden 1024),
 3 seeds × 3 learning rates, for one epoch without validation, from `.b2nd` files.
 
-Memory is compared from 16 volumes on: two batches, so that activations and the optimiser's state are there together.
+Memory is compared from 8 volumes on, a full batch: of fewer, no piece is as large as `max_floats` allows.
 
     streamed     as the head does it: read from disk, all lanes over one reading
-    in memory    the same, the volumes read beforehand and held
-    one by one   nine heads of one lane, one after the other, streamed
-    plain        nine copies of the probe as torch layers (every token projected, nn.MultiheadAttention), a loop over cases in
-                 memory; on `--plain-volumes` volumes
+    in memory    the same, the fewer volumes read beforehand and held
+    one by one   nine heads of one lane, one after the other, streamed, on the fewer volumes
+    plain        the probe as torch layers (every token projected, nn.MultiheadAttention), one lane on one volume in memory;
+                 its cases a minute are those of nine such, one after the other
 """
 
 import argparse
@@ -80,17 +80,15 @@ class Plain(nn.Module):
 
 def plain(X: TokenSequence) -> None:
     cases = [torch.from_numpy(case.tokens).float()[None] for case in X]
-    for _ in range(SEEDS):
-        for rate in RATES:
-            model = Plain(X.width)
-            optim = torch.optim.AdamW(model.parameters(), rate)
-            for n, case in enumerate(cases):
-                nn.functional.cross_entropy(model(case), torch.tensor([n % 2])).backward()
-            optim.step()
+    model = Plain(X.width)
+    optim = torch.optim.AdamW(model.parameters(), RATES[0])
+    for n, case in enumerate(cases):
+        nn.functional.cross_entropy(model(case), torch.tensor([n % 2])).backward()
+    optim.step()
 
 
 def one(way: str, paths: list[Path]) -> dict[str, float]:
-    """Cases a second and peak memory of this process, beyond what it had before it began."""
+    """Cases a minute and peak memory of this process, beyond what it had before it began."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     X = TokenSequence([TokenFile(path=path) for path in paths])
     start = time.perf_counter()
@@ -106,15 +104,15 @@ def one(way: str, paths: list[Path]) -> dict[str, float]:
         train(X, SEEDS, RATES)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"cases": len(X) / seconds, "MiB": (peak - before) / 1024}
+    seconds *= SEEDS * len(RATES) if way == "plain" else 1
+    return {"cases": 60 * len(X) / seconds, "MiB": (peak - before) / 1024}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=25_000)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--volumes", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--plain-volumes", type=int, default=1)
+    parser.add_argument("--volumes", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
@@ -122,14 +120,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         paths = make_files(Path(folder), max(chosen.volumes), chosen.tokens, chosen.width)
-        plan = [(way, n) for n in chosen.volumes for way in ("streamed", "in memory")]
-        plan += [("one by one", min(chosen.volumes)), ("plain", chosen.plain_volumes)]
+        few = min(chosen.volumes)
+        plan = [("streamed", n) for n in chosen.volumes] + [("in memory", few), ("one by one", few), ("plain", 1)]
         results = {}
         for way, num in plan:
             command = [sys.executable, __file__, "--one", way, *map(str, paths[:num])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout)
-            results[f"{way}, {num} volumes, cases/s"] = [found["cases"]]
+            results[f"{way}, {num} volumes, cases/min"] = [found["cases"]]
             results[f"{way}, {num} volumes, peak MiB"] = [found["MiB"]]
     print_lines(results, tokens=chosen.tokens, width=chosen.width, lanes=SEEDS * len(RATES))
 

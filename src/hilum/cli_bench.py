@@ -63,6 +63,7 @@ def run(
     max_slices: Annotated[int | None, typer.Option(help="Evenly spaced slices of a volume instead of all.")] = None,
     resamples: Annotated[int, typer.Option(help="Of patients, for the intervals.")] = 10_000,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing or refused cases.")] = False,
+    save_heads: Annotated[bool, typer.Option("--save-heads", help="Keep heads on patch tokens: OUT/heads.")] = False,
     batch_size: Annotated[int, typer.Option(help="Slices at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto.")] = "float32",
@@ -79,7 +80,7 @@ def run(
         result = bench(
             model, data, out, suite=suite, tasks=task or (), protocols=tuple(protocol or ()), heads=tuple(head or ()),
             features=features, seeds=seeds, draws=draws, max_slices=max_slices, num_resamples=resamples,
-            allow_missing=allow_missing, batch_size=batch_size, device=device, precision=precision,
+            allow_missing=allow_missing, save_heads=save_heads, batch_size=batch_size, device=device, precision=precision,
             num_workers=num_workers, seed=seed, progress=progress,
         )  # fmt: skip
     print_result(result, as_json, _results_text(result))

@@ -21,24 +21,47 @@ def predict(
     model: Annotated[str | None, typer.Option(help="Where its encoder is; default: as the head names it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Labels on the grid of the scan, for heads on regions.")] = None,
     series: Annotated[str | None, typer.Option(help="Key of one scan in a folder, or its first digits.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV with all probabilities to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="CSV with all numbers to write; of a segmentation SEG.nii.gz (or .nii)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """What a trained head says of a scan. Refused with another encoder or contract than it was trained under."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
+    from hilum.errors import UsageError
     from hilum.probe.predict import predict as run
     from hilum.records import write_text
 
     found = run(scan, head, model=model, mask=mask, series=series, device=device)
-    if out is not None:
+    image = out is not None and out.name.endswith((".nii", ".nii.gz"))
+    if out is not None and image != (found.labels is not None):
+        wanted = "a NIfTI, -o SEG.nii.gz" if found.labels is not None else "a CSV, -o SAID.csv"
+        raise UsageError(f"{out.name} is no file for a {found.task} head; it writes {wanted}")
+    if out is not None and found.labels is not None:
+        _write_labels(out, found, head)
+    elif out is not None:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(found.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found.rows)
         write_text(out, text.getvalue())
-    print_result(asdict(found), as_json, _text(found, out))
+    print_result(asdict(replace(found, labels=None)), as_json, _text(found, out))
+
+
+def _write_labels(out: Path, found: "Predicted", head: Path) -> None:
+    from hilum.probe.predict_tokens import write_segmentation
+    from hilum.records import read_json
+
+    record = read_json(head / "head.json")
+    classes = {str(n): row["predicted"] for n, row in enumerate(found.rows, 1)}
+    about = {"format": "hilum-segmentation", "version": 1, "classes": {"0": "background", **classes}}
+    about |= {"target": found.target, "model": found.model, "contract": record["encoder"]["contract"]}
+    about |= {"head": record["head"], "tensors": record["tensors"], "volumes": found.rows}
+    assert found.labels is not None
+    write_segmentation(out, found.labels, about)
 
 
 def erase(
@@ -70,12 +93,17 @@ def _text(found: "Predicted", out: Path | None) -> str:
     from hilum.terminal import format_table
 
     places = [name for name in ("slice", "region") if found.rows[0][name] is not None]
-    numbers = len(found.columns) == 1
+    segments = found.task == "segmentation"
+    numbers = len(found.columns) == 1 or found.task == "localisation"
     titles = [*places, "predicted"] + ([] if numbers else ["probability", "next", "probability"])
+    if segments:
+        titles = ["class", *found.columns]
     lines = []
     for row in found.rows[:MOST_ROWS]:
         cells: list[Any] = [row[name] for name in places]
-        if numbers:
+        if segments:
+            cells = [row[name] for name in ("predicted", *found.columns)]
+        elif numbers:
             cells.append(row["predicted"])
         else:
             first, second = sorted(found.columns, key=lambda name: -row[name])[:2]
@@ -86,4 +114,5 @@ def _text(found: "Predicted", out: Path | None) -> str:
     if len(found.rows) > MOST_ROWS:
         text.append(f"{len(found.rows) - MOST_ROWS:,} more (all with --json or -o)")
     text += [f"note: {note}" for note in found.notes]
-    return "\n".join([*text, *([f"{out}: {len(found.rows):,} rows"] if out else [])])
+    written = f"{out}: class numbers on the grid of the scan" if segments else f"{out}: {len(found.rows):,} rows"
+    return "\n".join([*text, *([written] if out else [])])

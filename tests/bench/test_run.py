@@ -28,7 +28,10 @@ from hilum.encode.encoder import pixel_encoder, write_encoder
 from hilum.encode.shape import ViTConfig
 from hilum.encode.vit import ViT
 from hilum.encode.volume_contract import VolumeContract
+from hilum.encode.zoo import load_encoder
 from hilum.errors import InputError, LabelsError, UsageError
+from hilum.probe.heads.dense import SegmentationHead
+from hilum.probe.saved import load_head
 from hilum.records import read_json, read_table, table_metadata
 
 SMALL = PhantomSettings(num_patients=24, num_heads=12, num_slices=10, matrix=32)
@@ -78,8 +81,9 @@ def test_a_task_of_every_kind_is_run_and_scored(tmp_path, root, encoder_folder):
     assert str(root) not in json.dumps(record)
 
 
-def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder):
-    """Localisation and segmentation; the true voxels of a class are those of the label map."""
+def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder, monkeypatch):
+    """Localisation and segmentation; the true voxels of a class are those of the label map; heads are kept when asked for."""
+    monkeypatch.setitem(SegmentationHead.__init__.__kwdefaults__, "min_steps", 40)
     write_phantom_scans(tmp_path / "phantom", replace(SMALL, num_patients=36, num_heads=1, num_slices=8))
     tasks = tasks_of("lesion-centre", "solid-organs")
     said = []
@@ -103,6 +107,13 @@ def test_heads_on_tokens_run_and_score(tmp_path, encoder_folder):
         labels = read_labels(case.region.source.path, None).volume.voxels
         expected.add(tuple(float((labels == n).sum()) for n in range(1, len(task.classes) + 1)))
     assert {tuple(row) for row in table["target"].to_pylist()} <= expected
+    assert not (tmp_path / "out" / "heads").exists()
+    run_bench(tasks, [str(encoder_folder)], tmp_path, tmp_path / "out", replace(QUICK, seeds=1, save_heads=True))
+    for task, score in zip(tasks, result["scores"]):
+        saved = load_head(tmp_path / "out" / "heads" / Path(score["file"]).stem)
+        assert (saved.task, saved.record["features"]["level"]) == (task.kind, task.unit)
+        assert saved.classes == (tuple(task.classes) if task.kind == "segmentation" else ())
+        saved.check_encoder(load_encoder(saved.record["encoder"]["loads_as"]))
 
 
 def test_blocks_of_volumes_stand_beside_whole_volumes(tmp_path, root):

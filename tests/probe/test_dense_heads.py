@@ -6,12 +6,14 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from hilum.encode.table.patches import Patches
+from hilum.encode.table.patches import Patches, write_patches
 from hilum.errors import ContractError, GeometryError, UsageError
 from hilum.metrics import dice
-from hilum.probe.heads.dense import Decoder, SegmentationHead, count_classes, finer_affine, on_scan, truth_on_grid
+from hilum.probe.heads.decoders import PatchDecoder, ResizeDecoder, token_places
+from hilum.probe.heads.dense import SegmentationHead, _overlaps, count_classes, on_scan
 from hilum.probe.heads.localisation import AttentionLocaliser, LightLocaliser, LocalisationHead
-from hilum.probe.heads.tokens import TokenSequence, case_tokens
+from hilum.probe.heads.tokens import TokenFile, TokenSequence, case_tokens
+from hilum.probe.heads.windows import Truths, draw_window, finer_affine, tent, tiles, truth_on_grid
 from hilum.volume import Volume
 
 RNG = np.random.default_rng(4)
@@ -90,13 +92,13 @@ def test_logits_on_the_scan_are_linear_between_cells(monkeypatch):
 
 
 def test_decoder_is_voxelfms():
-    model = Decoder(864, 64, 3, 118, (3, 3, 3))
+    model = ResizeDecoder(864, 64, 3, 118, (14, 14, 14), planar=False)
     assert sum(p.numel() for p in model.parameters()) == 727_094
     sizes = []
-    small = Decoder(4, 8, 3, 2, (3, 3, 3))
+    small = ResizeDecoder(4, 8, 3, 2, (14, 14, 14), planar=False)
     for block in small.blocks:
         block.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[-1]))
-    assert small(torch.zeros(1, 4, 8, 8, 8), (112,) * 3).shape == (1, 2, 112, 112, 112)
+    assert small(torch.zeros(1, 4, 8, 8, 8)).shape == (1, 2, 112, 112, 112)
     assert sizes == [8, 8, 43, 43, 77, 77]
 
 
@@ -104,7 +106,7 @@ def test_decoder_is_voxelfms():
 def test_segmentation_finds_two_balls_on_the_grid_of_the_scan(planar):
     X, y, _ = blobs(20, planar)
     X_new, y_new, _ = blobs(6, planar, seed=1)
-    head = SegmentationHead(seeds=2, learning_rates=(1e-2,), epochs=5, batch_size=2)
+    head = SegmentationHead(seeds=2, learning_rates=(1e-2,), epochs=2, min_steps=60, batch_size=2, width=16)
     assert head.fit(X, y, validation=(X_new, y_new)) is head
     out = head.outputs(X_new, y_new)
     assert out.dtype == np.float64  # float32 does not count beyond 2²⁴ voxels
@@ -125,11 +127,92 @@ def test_segmentation_finds_two_balls_on_the_grid_of_the_scan(planar):
 
 
 def test_slices_are_decoded_one_by_one():
-    """A network for slices does not look at the slices beside; GroupNorm alone is over the whole case, so without it."""
-    module = Decoder(5, 8, 1, 2, (1, 3, 3))
+    """VoxelFM's decoder does not look at the slices beside; GroupNorm alone is over the whole box, so without it."""
+    module = ResizeDecoder(5, 8, 1, 2, (1, 4, 4), planar=True)
     x = torch.randn(1, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    whole = module(x, (4, 12, 12))
-    torch.testing.assert_close(module(x[:, :, 1:2], (1, 12, 12))[:, :, 0], whole[:, :, 1])
+    torch.testing.assert_close(module(x[:, :, 1:2])[:, :, 0], module(x)[:, :, 1])
+
+
+def test_a_token_answers_for_its_own_cells():
+    """The linear part of the patch decoder against a loop over tokens and cells; at first it is all there is."""
+    module = PatchDecoder(6, 8, 1, 3, (2, 3, 4))
+    x = torch.randn(2, 6, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = module(x)
+    assert found.shape == (2, 3, 6, 6, 20)
+    weight, bias = module.linear.weight.detach()[..., 0, 0, 0], module.linear.bias.detach()
+    for c, z, j, i in np.ndindex(3, 6, 6, 20):
+        row = ((c * 2 + z % 2) * 3 + j % 3) * 4 + i % 4
+        expected = x[:, :, z // 2, j // 3, i // 4] @ weight[row] + bias[row]
+        torch.testing.assert_close(found[:, c, z, j, i], expected)
+
+
+def test_places_do_not_depend_on_how_the_axes_run():
+    """A flipped or permuted grid gives the same place for the same point; boxes are cut from the whole; ends are -1 and 1."""
+    X, _, _ = blobs(1)
+    whole = token_places(X[0], (0, 0, 0), X[0].grid)
+    assert np.abs(whole[:3]).max() == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(token_places(X[0], (1, 2, 0), (2, 2, 3)), whole[:, 1:3, 2:4, :3], atol=1e-5)
+    flipped = X[0].affines[0].copy()
+    flipped[:3, 3] += flipped[:3, 2] * (X[0].grid[2] - 1)
+    flipped[:3, 2] *= -1
+    tokens = X[0].tokens.reshape(*X[0].grid, -1)[:, :, ::-1]
+    np.testing.assert_allclose(token_places(case(tokens, flipped), (0, 0, 0), X[0].grid), whole[..., ::-1], atol=1e-5)
+
+
+def test_boxes_hold_small_organs_and_tile_the_grid(tmp_path):
+    """Class 2 is one voxel in 4,096: with oversampling every box holds it as often as class 1; tiles cover each token."""
+    label = np.zeros((16, 16, 16), np.uint8)
+    label[2:10, 2:10, 2:10], label[14, 14, 14] = 1, 2
+    affine = np.diag([1.0, 1, 1, 1])[[2, 1, 0, 3]]
+    truth = Volume(voxels=label, affine=affine, modality="CT", kind="label")
+    X = TokenSequence([case(RNG.normal(size=(8, 8, 8, 4)), finer_affine(affine, (16,) * 3, (8,) * 3))])
+    truths = Truths(tmp_path, X, [truth], (2, 2, 2), 2)
+    np.testing.assert_array_equal(truths.read(0), label)
+    rng = np.random.default_rng(0)
+    drawn = [draw_window(rng, truths, 0, (3, 3, 3), 1.0, 0.0) for _ in range(300)]
+    share = np.mean([(part == 2).any() for _, part in drawn])
+    assert 0.4 < share < 0.6
+    for window, part in drawn[:20]:
+        k, j, i = (2 * n for n in window.start)
+        np.testing.assert_array_equal(part, label[k : k + 6, j : j + 6, i : i + 6])
+    rare = [draw_window(rng, truths, 0, (3, 3, 3), 0.0, 0.0) for _ in range(300)]
+    assert np.mean([(part == 2).any() for _, part in rare]) < 0.1
+    kept = [draw_window(rng, truths, 0, (3, 3, 3), 0.0, 0.5)[1] for _ in range(50)]
+    assert np.mean([(part > 0).mean() >= 0.5 for part in kept]) > 0.8
+    for overlap in (False, True):
+        seen = np.zeros((7, 3, 5))
+        for window in tiles(0, (7, 3, 5), (3, 3, 2), overlap):
+            k, j, i = (slice(a, a + n) for a, n in zip(window.start, window.size))
+            seen[k, j, i] += 1
+        assert seen.min() >= 1
+    assert tent((5, 4, 3)).min() > 0
+    assert tent((5, 4, 3)).max() <= 1
+
+
+def test_overlaps_are_those_of_a_loop():
+    logits, truth = torch.randn(2, 3, 4, 2, 5, 6), torch.from_numpy(RNG.integers(-1, 4, (3, 2, 5, 6)))
+    found, counts = logits.argmax(2), _overlaps(logits, truth)
+    for m, b, c in np.ndindex(2, 3, 3):
+        true, here = truth[b] == c + 1, (found[m, b] == c + 1) & (truth[b] >= 0)
+        assert counts[m, b, c].tolist() == [true.sum(), here.sum(), (true & here).sum()]
+
+
+def test_boxes_of_files_are_those_of_memory(tmp_path):
+    grid = RNG.normal(size=(5, 4, 3, 7)).astype(np.float32)
+    affines = np.repeat(OBLIQUE[None], 5, 0)
+    affines[:, :3, 3] += np.arange(5)[:, None] * OBLIQUE[:3, 0]
+    found = Patches(grid.astype(np.float16), (5, 4, 3), OBLIQUE, affines, tuple(range(5)), {})
+    write_patches(tmp_path / "a.b2nd", found)
+    X = TokenSequence([case_tokens(found), TokenFile(path=tmp_path / "a.b2nd")])
+    X = TokenSequence([*X.items, TokenFile(path=tmp_path / "a.b2nd", slices=(1, 2, 4))])
+    for n in (0, 1):
+        np.testing.assert_array_equal(X.box(n, (1, 0, 1), (3, 2, 2)), found.tokens[1:4, :2, 1:])
+        assert X.outline(n).grid == (5, 4, 3)
+        assert X.outline(n).tokens.shape == (0, 7)
+        np.testing.assert_array_equal(X.outline(n).affines, affines)
+    np.testing.assert_array_equal(X.box(2, (1, 0, 0), (2, 4, 3)), found.tokens[[2, 4]])
+    np.testing.assert_array_equal(X.outline(2).affines, affines[[1, 2, 4]])
 
 
 def test_counts_are_those_of_a_loop():

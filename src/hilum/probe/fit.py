@@ -170,7 +170,10 @@ def _check(head: str, num_components: int | None, num_folds: int, num_resamples:
     """UsageError for what is wrong before anything is read: it costs no time."""
     if num_folds < 2 or num_resamples < 1:
         raise UsageError(f"expected num_folds ≥ 2 and num_resamples ≥ 1; found {num_folds} and {num_resamples}")
-    make_head(head, num_components=num_components)
+    if make_head(head, num_components=num_components).sees == "tokens":
+        raise UsageError(
+            f"a {head} head takes patch tokens, not vectors; hilum bench run fits it (and --save-heads keeps it)"
+        )
     if save is not None:
         from hilum.probe.saved import check_saved
 

@@ -9,11 +9,13 @@ from scipy.special import softmax
 
 from hilum.archive.labels import read_labels
 from hilum.archive.one import read
+from hilum.encode.encoder import Encoder
 from hilum.encode.features import encode_volume
 from hilum.encode.items import How
 from hilum.encode.zoo import load_encoder
 from hilum.errors import UsageError
 from hilum.probe.heads.curia import read_head
+from hilum.probe.predict_tokens import PLACE_COLUMNS, SEGMENT_COLUMNS, place_row, scan_tokens, segment_scan
 from hilum.probe.saved import SavedHead, load_head
 from hilum.records import read_json
 from hilum.volume import Volume
@@ -23,8 +25,10 @@ from hilum.volume import Volume
 class Predicted:
     """What a head said.
 
-    columns  names of the numbers: classes, or "value", or "risk"
+    columns  names of the numbers: classes, or "value", or "risk"; of a place its LPS mm and voxel, of a segmentation the
+             voxels and ml of a class
     rows     slice and region (None where they do not apply), predicted (a class, labels above 1/2, or a number) and `columns`
+    labels   of a segmentation the class numbers on the scan's own grid; None else
     """
 
     task: str
@@ -34,6 +38,7 @@ class Predicted:
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
     notes: tuple[str, ...] = field(default=())
+    labels: Volume | None = None
 
 
 def predict(
@@ -73,11 +78,13 @@ def predict(
     options = {"seed": known["seed"], "precision": known["precision"], "device": device}
     encoder = load_encoder(model or known["loads_as"], **options)
     saved.check_encoder(encoder)
+    if saved.head is not None:
+        return _predict_tokens(saved, encoder, volume, labels, Path(scan))
     how = How(**(form | {"layers": tuple(form["layers"])}))
     features = encode_volume(encoder, volume, how, mask=labels, keep=None)
     number = features.slices if form["level"] != "volume" and features.slices else (None,) * len(features.vectors)
     region = features.regions or (None,) * len(features.vectors)
-    columns, rows = _rows(saved, saved.predict(features.vectors))
+    columns, rows = _rows(saved, saved.predict(features.vectors), volume)
     places = [{"slice": z, "region": label} for z, label in zip(number, region)]
     return Predicted(
         saved.task,
@@ -90,7 +97,23 @@ def predict(
     )
 
 
-def _rows(saved: SavedHead, outputs: Any) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+def _predict_tokens(saved: SavedHead, encoder: Encoder, volume: Volume, mask: Volume | None, scan: Path) -> Predicted:
+    """A head on patch tokens."""
+    form = saved.record["features"]
+    places, X, notes = scan_tokens(encoder, volume, mask, form)
+    labels, columns = None, SEGMENT_COLUMNS
+    if saved.task == "segmentation":
+        labels, rows = segment_scan(saved, X, volume, scan)
+        places = places * len(rows)
+    else:
+        columns, rows = _rows(saved, saved.predict(X), volume)
+    rows = [place | row for place, row in zip(places, rows)]
+    return Predicted(saved.task, saved.record["target"], encoder.name, form["level"], columns, rows, notes, labels)
+
+
+def _rows(saved: SavedHead, outputs: Any, volume: Volume) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    if saved.task == "localisation":
+        return PLACE_COLUMNS, [place_row(point, volume) for point in outputs]
     if not saved.classes:
         name = "risk" if saved.task == "survival" else "value"
         return (name,), [{"predicted": float(row[0]), name: float(row[0])} for row in outputs]

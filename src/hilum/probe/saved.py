@@ -4,12 +4,15 @@
     head.safetensors  its tensors
     README.md         the same for readers
 
-Two forms hold every head that is a function of one vector. Axes: s seeds, D features, W hidden units, O outputs.
+Two forms hold every head that is a function of one vector; a third the heads on patch tokens. Axes: s seeds, D features, W
+hidden units, O outputs.
 
     linear   x · weights (s, D, O) + biases (s, O)
     mlp      relu((x - mean) · inverse_scale · W1 (s, D, W) + b1) · W2 (s, W, O) + b2, then · spread + offset
 
 followed by softmax (classification), sigmoid (multi-label) or nothing.
+
+    tokens   the head's own tensors, each (s, …), with its settings and what it decided in `fit` (`hilum.probe.saved_tokens`)
 """
 
 from dataclasses import dataclass
@@ -27,12 +30,14 @@ from hilum.errors import ContractError, InputError, UsageError
 from hilum.probe.calibration import apply_temperature
 from hilum.probe.heads.head import Array, Head
 from hilum.probe.heads.linear import LinearProbe
+from hilum.probe.saved_tokens import TOKEN_HEADS, fitted_facts, restore, token_tensors
 from hilum.records import hash_file, read_json, versions, write_atomic, write_json, write_text
 from hilum.settings import differences, to_dict
 
 FORMAT, VERSION = "hilum-head", 1
 CERTAIN = 80.0  # the logit of a label that was always, or never, there
-SAVED = ("linear", "linear-sgd", "mlp", "cox")  # a k-NN head would carry its training cases
+VECTOR_HEADS = ("linear", "linear-sgd", "mlp", "cox")  # a k-NN head would carry its training cases
+SAVED = (*VECTOR_HEADS, *TOKEN_HEADS)
 TENSORS = {"linear": ("weights", "biases"), "mlp": ("mean", "inverse_scale", "W1", "b1", "W2", "b2", "target")}
 ENCODER_FACTS = ("model", "loads_as", "seed", "weights", "precision", "contract", "contract_values")
 FEATURE_FACTS = ("level", "pooling", "across", "layers", "max_slices")
@@ -40,10 +45,11 @@ FEATURE_FACTS = ("level", "pooling", "across", "layers", "max_slices")
 
 @dataclass(frozen=True)
 class SavedHead:
-    """A head read from its folder. `record` is head.json."""
+    """A head read from its folder. `record` is head.json; `head` the head itself where it takes patch tokens, else None."""
 
     record: dict[str, Any]
     tensors: dict[str, Array]
+    head: Head | None = None
 
     @property
     def task(self) -> str:
@@ -55,7 +61,9 @@ class SavedHead:
         return tuple(self.record["classes"])
 
     def outputs(self, X: Any) -> NDArray[np.float32]:
-        """(S, N, O) as `hilum.probe.heads.head.Head.outputs`: before the temperature."""
+        """(S, N, O) as `hilum.probe.heads.head.Head.outputs`: before the temperature. X is (N, D), or a `TokenSequence`."""
+        if self.head is not None:
+            return self.head.outputs(X)
         X, t = np.asarray(X, dtype=np.float64), self.tensors
         if X.ndim != 2 or X.shape[1] != self.record["num_features"]:
             raise ContractError(f"the head takes {self.record['num_features']} features; found {X.shape[1:]}")
@@ -109,8 +117,9 @@ def write_head(
 
     name         in HEADS
     target       what it answers
-    classes      names of all outputs in the order of the head's own; () for numbers and risks
-    features     metadata of the feature table: ENCODER_FACTS and FEATURE_FACTS
+    classes      names of all outputs in the order of the head's own, of segmentation without the background; () for numbers,
+                 risks and places
+    features     ENCODER_FACTS and FEATURE_FACTS: the metadata of a feature table, or `token_features`
     scores       metric → value, low, high, from cases that were not trained on
     training     cases, patients, seeds and settings, free of identifiers
 
@@ -129,7 +138,7 @@ def write_head(
             f"the feature table does not name its {', '.join(missing)}, so a head on it could not be applied; make it again "
             "with this version: hilum embed"
         )
-    form, tensors = _tensors(head)
+    form, tensors = ("tokens", token_tensors(head)) if head.sees == "tokens" else _tensors(head)
     with write_atomic(folder / "head.safetensors") as temporary:
         save_file({key: np.ascontiguousarray(values) for key, values in tensors.items()}, temporary)
     record = {
@@ -149,6 +158,8 @@ def write_head(
         "training": training,
         "versions": versions(),
     }
+    if form == "tokens":
+        record |= {"settings": head.get_params(), "fitted": fitted_facts(head)}
     write_text(folder / "README.md", _card(record))
     write_json(folder / "head.json", record)  # last: its presence says the folder is whole
 
@@ -164,16 +175,17 @@ def load_head(folder: str | Path) -> SavedHead:
     folder = Path(folder)
     record = read_json(folder / "head.json")
     found = f"{record.get('format')} version {record.get('version')}" if isinstance(record, dict) else "no table"
-    if found != f"{FORMAT} version {VERSION}" or record.get("form") not in TENSORS:
+    if found != f"{FORMAT} version {VERSION}" or record.get("form") not in (*TENSORS, "tokens"):
         raise ContractError(f"{folder}/head.json is {found}; this hilum reads {FORMAT} version {VERSION}")
     path = folder / "head.safetensors"
     try:
         tensors: dict[str, Array] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ContractError(f"{path} cannot be read as safetensors: {error}") from None
-    if hash_file(path) != record["tensors"] or set(tensors) != set(TENSORS[record["form"]]):
+    form = record["form"]
+    if hash_file(path) != record["tensors"] or (form in TENSORS and set(tensors) != set(TENSORS[form])):
         raise ContractError(f"{path} is not the file that head.json was written with; save the head again")
-    return SavedHead(record, tensors)
+    return SavedHead(record, tensors, restore(record, tensors) if form == "tokens" else None)
 
 
 def _tensors(head: Head) -> tuple[str, dict[str, Array]]:
@@ -218,7 +230,9 @@ def _solved(head: LinearProbe) -> tuple[Array, Array]:
 
 def _card(record: dict[str, Any]) -> str:
     encoder, training = record["encoder"], record["training"]
-    answers = ", ".join(record["classes"]) or {"regression": "a number", "survival": "a risk"}[record["task"]]
+    plain = {"regression": "a number", "survival": "a risk", "localisation": "a place in LPS mm"}
+    answers = ", ".join(record["classes"]) or plain[record["task"]]
+    kind = "patch tokens" if record["form"] == "tokens" else f"{record['features']['level']} features"
     lines = [
         f"- {metric}: {s['value']:.3f} ({s['low']:.3f} to {s['high']:.3f})" for metric, s in record["scores"].items()
     ]
@@ -226,15 +240,12 @@ def _card(record: dict[str, Any]) -> str:
         [
             f"# A head for {record['target']}",
             "",
-            f"A {record['head']} head ({record['task']}) on {record['features']['level']} features of {encoder['model']}. It "
+            f"A {record['head']} head ({record['task']}) on {kind} of {encoder['model']}. It "
             f"answers: {answers}. Research use only.",
             "",
             f"Encoder: weights {encoder['weights']}, contract {encoder['contract']}; under any other it is refused.",
             "",
-            "On cases that it was not trained on, with 95 % intervals:",
-            "",
-            *lines,
-            "",
+            *(["On cases that it was not trained on, with 95 % intervals:", "", *lines, ""] if lines else []),
             "Trained on " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in training.items()) + ".",
             f"Temperature {record['temperature']:.3f}.",
             "",

@@ -1,6 +1,6 @@
 """One fit after another → prediction rows. Nothing here knows of files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from hilum.bench.task import Case, Task
 from hilum.probe.erasure import ConceptEraser
 from hilum.probe.heads import head_class, make_head
 from hilum.probe.heads.dense import SegmentationHead
+from hilum.probe.heads.head import Head
 from hilum.records import hash_json
 from hilum.terminal import Progress
 from hilum.volume import Volume
@@ -93,15 +94,18 @@ def fit_trials(
     seed: int,
     device: str = "cpu",
     progress: Progress | None = None,
+    keep: Callable[[Head], None] | None = None,
 ) -> pa.Table:
-    """Rows of SCHEMA: val and test cases of each trial and head seed."""
+    """Rows of SCHEMA: val and test cases of each trial and head seed. `keep` is given the head of the first trial."""
     if material.task.kind == "retrieval":
         return _retrieve(material, names, seed)
     tables = []
     for done, trial in enumerate(trials, 1):
-        outputs, rows = _fit(
+        head, outputs, rows = _fit(
             material, trial, names, seeds=seeds, seed=seed + 1000 * trial.draw, device=device, progress=progress
         )
+        if keep is not None and done == 1:
+            keep(head)
         tables.append(_rows(material, trial, names, outputs, rows))
         if progress:
             progress(done, len(trials), f"heads, {material.task.id} {names.head} {names.protocol}")
@@ -110,8 +114,8 @@ def fit_trials(
 
 def _fit(
     material: Material, trial: Trial, names: Names, *, seeds: int, seed: int, device: str, progress: Progress | None
-) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """(S, N, O) of the val and test rows, and these rows."""
+) -> tuple[Head, NDArray[np.float32], NDArray[np.intp]]:
+    """The head, (S, N, O) of the val and test rows, and these rows."""
     task = material.task
     known = head_class(names.head)().get_params()
     wanted = {"task": task.kind, "seeds": seeds, "device": device, "num_classes": len(task.classes)}
@@ -128,7 +132,7 @@ def _fit(
     outputs = head.outputs(X[rows], _some(y, rows)) if isinstance(head, SegmentationHead) else head.outputs(X[rows])
     if task.kind == "classification":
         outputs = all_classes(outputs, head.classes_, len(task.classes))
-    return outputs, rows
+    return head, outputs, rows
 
 
 def _saying(what: str, progress: Progress | None) -> Progress | None:

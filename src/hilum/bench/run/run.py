@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hilum.bench.predictions import write_predictions
 from hilum.bench.run.erasing import with_eraser
 from hilum.bench.run.features import CaseFeatures, FeatureCache, check_unit
 from hilum.bench.run.fitting import LabelMaps, Material, Names, fit_trials
+from hilum.bench.run.heads import save_head
 from hilum.bench.run.joined import JoinedCache, JoinedEncoder, JoinedFeatures, join_models
 from hilum.bench.run.protocols import (
     TOKEN_FEATURES,
@@ -62,6 +64,7 @@ class BenchSettings:
     max_slices     evenly spaced slices of a volume instead of all; dense tasks always see all
     num_resamples  of the intervals
     allow_missing  go on when cases are missing or refused, and say so in the results; else stop
+    save_heads     keep heads on patch tokens of protocol full for `hilum predict`: heads/<the name of their predictions>
     """
 
     protocols: tuple[str, ...] = ("full",)
@@ -73,6 +76,7 @@ class BenchSettings:
     max_slices: int | None = None
     num_resamples: int = 10_000
     allow_missing: bool = False
+    save_heads: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "protocols", expand_protocols(self.protocols))
@@ -87,7 +91,7 @@ AnyFeatures = CaseFeatures | JoinedFeatures
 _DENSE = ("segmentation", "localisation")
 
 # A folder of results may grow in these: other models, tasks, protocols and heads are other files.
-_MAY_GROW = ("protocols", "heads", "allow_missing")
+_MAY_GROW = ("protocols", "heads", "allow_missing", "save_heads")
 
 
 def run_bench(
@@ -165,6 +169,7 @@ class _Bench:
     def __init__(self, data: Path, out: Path, settings: BenchSettings, key: Key, progress: Progress | None) -> None:
         self.data, self.out, self.settings, self.key, self.progress = data, out, settings, key, progress
         self.reader = CaseReader()
+        self.sources: dict[str, str] = {}  # how each model was named
         self.record = _open_record(out, settings, key)
 
     def write_record(self) -> None:
@@ -198,6 +203,7 @@ class _Bench:
 
     def note_model(self, name: str, encoder: AnyEncoder) -> None:
         """UsageError when results of another encoder bear this name: files, tables and figures know models by name."""
+        self.sources[encoder.name] = name
         now = {"weights": encoder.weights_hash, "contract": encoder.contract.hash, "precision": encoder.precision}
         known = self.record["models"].get(encoder.name, now)
         if changed := [fact for fact, value in now.items() if known[fact] != value]:
@@ -345,7 +351,14 @@ class _Bench:
             [material.hash, data, encoder.weights_hash, encoder.precision, vars(names), settings.seeds, settings.draws,
              settings.seed, settings.max_slices, *([] if to_erase is None else [nuisances])]
         )  # fmt: skip
-        if path.is_file() and table_metadata(read_table(path, ["task"])).get("inputs") == inputs:
+        save = None
+        kept = (names.features, names.protocol) == (TOKEN_FEATURES, "full")
+        if settings.save_heads and kept and isinstance(encoder, Encoder):
+            folder, slices = self.out / "heads" / path.stem, settings.max_slices
+            save = partial(save_head, folder, material=material, names=names, encoder=encoder,
+                           loads_as=self.sources[encoder.name], seed=settings.seed, max_slices=slices)  # fmt: skip
+        there = path.is_file() and table_metadata(read_table(path, ["task"])).get("inputs") == inputs
+        if there and (save is None or (folder / "head.json").exists()):
             return
         taken: dict[str, Any] = {}
         try:
@@ -356,7 +369,14 @@ class _Bench:
                 draws=settings.draws, seed=settings.seed,
             )  # fmt: skip
             rows = fit_trials(
-                material, trials, names, seeds=settings.seeds, seed=settings.seed, device=device, progress=self.progress
+                material,
+                trials,
+                names,
+                seeds=settings.seeds,
+                seed=settings.seed,
+                device=device,
+                progress=self.progress,
+                keep=save,
             )
         except (ValueError, HilumError) as error:  # too few cases of a class, no event: what cannot be learnt from
             path.unlink(missing_ok=True)  # predictions of other cases or labels

@@ -17,6 +17,7 @@ from hilum.records import write_atomic
 
 _FORMAT = {"format": "hilum-patches", "version": 1}
 _LARGEST = 65504.0  # of float16
+Box = tuple[slice, slice, slice]
 
 
 class Patches(NamedTuple):
@@ -58,10 +59,11 @@ def write_patches(path: Path, found: Patches) -> None:
         array.save(str(temporary), mode="w")
 
 
-def read_patches(path: str | Path, slice: int | None = None) -> Patches:
-    """The tokens of one scan as they were written, or of one slice alone, without decoding the others.
+def read_patches(path: str | Path, slice: int | None = None, box: Box | None = None) -> Patches:
+    """The tokens of one scan as they were written, or of one slice or box alone, without decoding the others.
 
     slice  its number in the scan
+    box    ranges along (k, j, i); an empty one reads the header alone
     """
     path = Path(path)
     try:
@@ -76,7 +78,11 @@ def read_patches(path: str | Path, slice: int | None = None) -> Patches:
     slices = tuple(record["slices"])
     if slice is not None and slice not in slices:
         raise InputError(f"{path} holds no slice {slice}; it has {len(slices)}: {', '.join(map(str, slices[:8]))} …")
-    tokens = array[:] if slice is None else array[slices.index(slice)][None]
+    if box is not None:
+        empty = any(side.start >= side.stop for side in box)
+        tokens = np.zeros((0, 0, 0, array.shape[3]), np.float16) if empty else array[box]
+    else:
+        tokens = array[:] if slice is None else array[slices.index(slice)][None]
     affine, affines = (None if record[n] is None else np.array(record[n]) for n in ("affine", "affines"))
     k, j, i = array.shape[:3]
     return Patches(tokens, (k, j, i), affine, affines, slices, record["facts"])

@@ -273,8 +273,8 @@ def run_lanes(network: Network, weights: Weights, data: Data, batch_size: int) -
     """Outputs of chosen lanes for each piece of all cases in their order, with the numbers of its cases."""
     pieces = [piece for batch in data.plan(range(data.num), batch_size) for piece in batch]
     with torch.no_grad(), closing(_closable(data.read(pieces))) as read:
-        for piece, batch in zip(pieces, read):
-            yield network.outputs(weights, batch, None), piece
+        for piece in pieces:
+            yield network.outputs(weights, next(read), None), piece
 
 
 def _epoch(
@@ -308,6 +308,7 @@ def _epoch(
                     else:
                         (loss(out, piece).sum() * (len(piece) / size)).backward()  # type: ignore[no-untyped-call]
                 start += len(piece)
+                del batch, out  # before the next is awaited
             yield
 
 
@@ -327,6 +328,7 @@ def _slopes(
         with torch.no_grad():
             for stack, parts in zip(stacks, outputs):
                 parts.append(network.outputs(stack.weights, batch, Draws(stack.seeds, epoch, piece, device)))
+        del batch
     cases = [case for piece in pieces for case in piece]
     slopes = []
     for parts in outputs:
@@ -348,9 +350,11 @@ def _validate(
     outputs: list[list[Any]] = [[] for _ in stacks]
     found = np.full((len(settings.learning_rates), len(settings.seeds)), -np.inf)
     with torch.no_grad(), closing(_closable(data.read(pieces))) as read:
-        for piece, batch in zip(pieces, read):
+        for piece in pieces:
+            batch = next(read)
             for stack, parts in zip(stacks, outputs):
                 parts.append(summarise(network.outputs(stack.weights, batch, None), piece))
+            del batch
         for stack, parts in zip(stacks, outputs):
             for (rate, seed), value in zip(stack.lanes, score(parts, pieces).tolist()):
                 found[rate, seed] = value if math.isfinite(value) else -np.inf

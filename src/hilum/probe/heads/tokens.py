@@ -5,6 +5,7 @@ ahead by a thread: what is resident is two batches, however many volumes there a
 Axes in names: B cases, L tokens, D width, K planes of tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from hilum.encode.table.patches import Patches, read_patches
 from hilum.errors import GeometryError, InputError, UsageError
 
 Array = NDArray[Any]
+NOTHING = (slice(0, 0), slice(0, 0), slice(0, 0))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,6 +134,35 @@ class TokenSequence:
             return item if isinstance(item, CaseTokens) else _read(item)
         numbers = np.arange(len(self))[which]
         return TokenSequence([self.items[n] for n in numbers])
+
+    def outline(self, number: int) -> CaseTokens:
+        """A case without its tokens (0, D): grid and geometry alone, of a file from its header."""
+        item = self.items[number]
+        if isinstance(item, CaseTokens):
+            return replace(item, tokens=item.tokens[:0], place=item.place[:0], weights=None)
+        found = read_patches(item.path, box=NOTHING)
+        rows = (
+            np.arange(found.grid[0]) if item.slices is None else np.array([found.slices.index(z) for z in item.slices])
+        )
+        affines = None if found.affines is None else found.affines[rows]
+        return case_tokens(found._replace(grid=(len(rows), *found.grid[1:]), affines=affines))
+
+    def box(self, number: int, start: Sequence[int], size: Sequence[int]) -> Array:
+        """(k, j, i, D) tokens of a box of a case; of a file only the planes that it touches are decoded.
+
+        UsageError for a case that is a region: it has no boxes.
+        """
+        item = self.items[number]
+        k, j, i = (slice(int(first), int(first + n)) for first, n in zip(start, size))
+        if isinstance(item, CaseTokens):
+            if len(item.tokens) != math.prod(item.grid):
+                raise UsageError("segmentation needs the tokens of whole scans; these are of a region")
+            return item.tokens.reshape(*item.grid, -1)[k, j, i]
+        if item.weights is not None:
+            raise UsageError("segmentation needs the tokens of whole scans; these are of a region")
+        if item.slices is None:
+            return read_patches(item.path, box=(k, j, i)).tokens
+        return np.concatenate([read_patches(item.path, slice=z).tokens[:, j, i] for z in item.slices[k]])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
