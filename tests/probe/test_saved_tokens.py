@@ -57,7 +57,7 @@ def _scan(path, axes, seed=0):
     shape = tuple((np.array([32, 28, 16]) if axes[0, 2] == 0 else np.array([28, 16, 32])).tolist())
     at = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     along = apply_affine(affine, at)
-    middle = apply_affine(affine, (np.array(shape) - 1) / 2) + [6, 8, 3]
+    middle = apply_affine(affine, (np.array(shape) - 1) / 2) + np.array([6, 8, 3])
     mask = (np.abs(along - middle) < [13, 11, 10]).all(-1)
     voxels = np.random.default_rng(seed).normal(40, 6, shape) + 300 * mask
     inside = (np.abs(at / (np.array(shape) - 1) - 0.5) < 0.4).all(-1)
@@ -180,7 +180,7 @@ def test_a_label_map_goes_back_to_the_axes_of_its_file(tmp_path):
 
 def test_places_are_printed_in_millimetres_and_voxels(hilum, encoders, tmp_path, monkeypatch):
     monkeypatch.setenv("HILUM_KEY", str(tmp_path / "key"))
-    _, affine = _scan(tmp_path / "a.nii.gz", AXES["oblique"])
+    _scan(tmp_path / "a.nii.gz", AXES["oblique"])
     encoder = load(encoders / "2d")
     volume = read(tmp_path / "a.nii.gz")
     X = TokenSequence([features_tokens(encoder.encode(volume, patches=True))] * 4)
