@@ -81,7 +81,7 @@ def test_the_page_holds_every_part(shown):
     assert set(headings[6:-1]) == {t.id for t in TASKS}
     assert headings[-1] == "How it was done"
     for text in ("rare &lt;gland&gt;", "0123456789abcdef", "no_geometry", "the rarest first", "Curia-2-B\u00a0(published)",
-                 "2.5th to 97.5th percentile", "CC BY-NC-SA 4.0"):  # fmt: skip
+                 "95 % interval comes from drawing patients again", "CC BY-NC-SA 4.0"):  # fmt: skip
         assert text in page, text
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # nothing from elsewhere
 

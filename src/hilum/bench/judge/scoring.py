@@ -40,7 +40,7 @@ class ClassScore:
     name         as given, else its number
     metric       AUROC against all others (classification, multilabel), Dice, recall
     value        mean over runs; None where undefined, never 0 for want of a case
-    low, high    percentile interval over patients; None where undefined
+    low, high    95 % interval over patients, as the whole score's; None where undefined
     num_cases    where it is known
     num_present  where it is present
     """
@@ -59,7 +59,7 @@ class Score:
     """What the test rows of one predictions file are worth.
 
     value          mean of the metric over runs: head seeds and draws of training cases
-    low, high      95 % percentile interval of that mean, resampling patients; None when no resample gave a value
+    low, high      95 % interval of that mean, resampling patients (`stats.interval_of`); None when no resample gave a value
     case_se        standard deviation of that mean over the same resamples
     seed_sd        standard deviation over head seeds, pooled over draws; None with one seed
     draw_sd        standard deviation over draws of their means; None with one draw

@@ -7,10 +7,10 @@ from hilum.bench.report.results import Results
 from hilum.pages import Page
 
 INTERVALS = (
-    "An interval holds the metric's 2.5th to 97.5th percentile when patients are drawn again, with replacement, from the "
-    "patients of the test set: it says how much the number depends on who happened to be tested. It does not hold what "
-    "another training set, another hospital or another label rule would change. The spread over head seeds and draws of "
-    "training cases is given apart (seed SD, draw SD)."
+    "A 95 % interval comes from drawing patients again, with replacement, from the patients of the test set (bias-corrected, "
+    "and wider for few patients, by Student's t): it says how much the number depends on who happened to be tested. It does "
+    "not hold what another training set, another hospital or another label rule would change. The spread over head seeds and "
+    "draws of training cases is given apart (seed SD, draw SD)."
 )
 
 
