@@ -216,3 +216,15 @@ def test_three_models_each_with_each_other(tmp_path):
         compare_models(tmp_path, ["flat", "flat"])
     with pytest.raises(UsageError, match="no predictions with"):
         compare_models(tmp_path, ["flat", "deeper"], **FEW)
+
+
+def test_models_without_a_common_task_do_not_stop_the_other_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(NUM) % 2
+    for model, task in (("a", "s:one"), ("b", "s:one"), ("b", "s:two"), ("c", "s:two")):
+        write(tmp_path, make_table("classification", y, binary(rng, y, 0.1), task=task, model=model))
+    found = compare_models(tmp_path, ["a", "b", "c"], **FEW)
+    assert [[row.task for row in rows] for rows in found.rows] == [["s:one"], [], ["s:two"]]
+    assert any(note.startswith("left out: c with a: nothing to compare") for note in found.notes())
+    with pytest.raises(InputError, match="no pair"):
+        compare_models(tmp_path, ["a", "c"], **FEW)

@@ -152,7 +152,7 @@ def compare_results(
     one, two = dict(first_is or {}), dict(second_is or {})
     if unknown := (one.keys() | two.keys()) - set(SETTINGS):
         raise UsageError(f"unknown setting {few(sorted(unknown))}; expected one of {', '.join(SETTINGS)}")
-    found = [_find(folder, wanted) for folder, wanted in ((first, one), (second or first, two))]
+    found = [find_predictions(folder, wanted) for folder, wanted in ((first, one), (second or first, two))]
     free = {"model"} if second and all(len({k[1] for k in f}) == 1 for f in found) else set()
     matched = [name for name in SETTINGS if name not in one and name not in two and name not in free]
     sides, pooled = _whatever_features(_by_key(found[0], matched), _by_key(found[1], matched), matched)
@@ -284,7 +284,7 @@ def _summary(
     )
 
 
-def _find(results: Path, wanted: Mapping[str, str]) -> dict[Key, Path]:
+def find_predictions(results: Path, wanted: Mapping[str, str]) -> dict[Key, Path]:
     """Predictions files of one side by (task, model, features, head, protocol)."""
     paths = sorted((results / "predictions").glob("*.parquet"))
     if not paths:
@@ -296,7 +296,7 @@ def _find(results: Path, wanted: Mapping[str, str]) -> dict[Key, Path]:
         if key and all(key[SETTINGS.index(name)] == value for name, value in wanted.items()):
             found[key] = path
     if not found:
-        everything = _find(results, {}) if wanted else {}
+        everything = find_predictions(results, {}) if wanted else {}
         raise UsageError(f"no predictions with {dict(wanted)} in {results.name}; there are {_listed(everything)}")
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from hilum.bench.judge.compare import ALPHA, TaskComparison, compare_results, correct_together, p_text
+from hilum.bench.judge.compare import ALPHA, TaskComparison, compare_results, correct_together, find_predictions, p_text
 from hilum.errors import InputError, UsageError
 from hilum.stats import NUM_RESAMPLES
 from hilum.terminal import Progress, few, format_table
@@ -95,6 +95,8 @@ def compare_models(
     """
     if len(models) < 2 or len(set(models)) < len(models) or len(models) > len(ascii_uppercase):
         raise UsageError(f"models {few(models)}; expected two to {len(ascii_uppercase)} different ones")
+    for model in models:
+        find_predictions(results, {"model": model})
     pairs = tuple((second, first) for first, second in combinations(models, 2))
     rows: list[tuple[TaskComparison, ...]] = []
     left_out: list[str] = []
@@ -103,7 +105,7 @@ def compare_models(
             found = compare_results(
                 results, first_is={"model": first}, second_is={"model": second}, num_resamples=num_resamples, seed=seed
             )
-        except InputError as error:  # the other pairs go on
+        except (InputError, UsageError) as error:  # no common task, head or protocol: the other pairs go on
             rows.append(())
             left_out.append(f"{first} with {second}: {error}")
             continue
