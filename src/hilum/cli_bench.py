@@ -53,7 +53,8 @@ def run(
     protocol: Annotated[
         list[str] | None,
         typer.Option(
-            help="full, few-shot[:K], fraction[:F], curia, chunked[:N], tokens. Default: full; of the phantom few-shot:5, too."
+            help="full, few-shot[:K], fraction[:F], curia, chunked[:N], erased[:A+B], tokens. Default: full; of the phantom "
+            "few-shot:5, too."
         ),
     ] = None,
     head: Annotated[list[str] | None, typer.Option(help="Instead of the usual heads of a task. May be repeated.")] = None,

@@ -358,6 +358,12 @@ def test_retrieval_erases_scanners_as_train_cases_teach(tmp_path):
     known = [{"vendor": "ABC"[v], "thickness": 1.0} for v in vendor]
     erased, about = with_eraser(material, "mean", known, ())
     assert (about["nuisances"], about["rank"], about["num_cases"], about["num_patients"]) == (["vendor"], 2, 100, 50)
+    assert (about["num_categories"], about["constant"]) == (
+        {"vendor": 3},
+        ["thickness"],
+    )  # no value: it may name a hospital
+    serial = [{"vendor": "ABC"[v], "serial": str(n)} for n, v in enumerate(vendor)]  # nobody's is another's
+    assert with_eraser(material, "mean", serial, ())[1]["constant"] == ["serial"]
     values = []
     for one in (material, erased):
         table = fit_trials(one, [], names, seeds=1, seed=0)
@@ -372,7 +378,7 @@ def test_retrieval_erases_scanners_as_train_cases_teach(tmp_path):
     assert values[0] < 0.35 < 0.8 < values[1]
     for nuisances, wanted, said in (
         (known, ("kernel",), "kernel is not known"),
-        (known, ("thickness",), "always 1.0"),
+        (known, ("thickness",), r"thickness \(always the same\)"),
         ([{}] * number, (), "nothing varies"),
     ):
         with pytest.raises(LabelsError, match=said):
@@ -390,18 +396,34 @@ def test_the_erased_protocol_end_to_end(tmp_path, root):
     out, tasks = tmp_path / "out", tasks_of("retrieval", "organ")
     first = run_bench(tasks[:1], ["pixels"], root, out, replace(QUICK, seeds=1))
     assert first["tasks"]["phantom:retrieval"]["num_cases"] == {"train": 10, "test": 14}
-    both = replace(QUICK, seeds=1, protocols=("full", "erased:vendor", "erased:soul"))
+    both = replace(QUICK, seeds=1, protocols=("full", "erased:thickness", "erased:vendor", "erased:soul"))
     result = run_bench(tasks[:1], ["pixels"], root, out, both)
-    assert {s["protocol"]: s["num_patients"] for s in result["scores"]} == {"full": 14, "erased:vendor": 14}
-    assert next(row["reason"] for row in result["left_out"]).endswith(
+    assert {s["protocol"]: s["num_patients"] for s in result["scores"]} == {"full": 14, "erased:thickness": 14}
+    reasons = [row["reason"] for row in result["left_out"]]
+    assert "no value of 5 patients or more" in reasons[0]  # ten train patients, three vendors, three kernels
+    assert reasons[1].endswith(
         "soul is not known of any train case; known: field_of_view, kernel, sex, spacing, thickness, vendor"
     )
     found = compare_results(
-        out, first_is={"protocol": "erased:vendor"}, second_is={"protocol": "full"}, num_resamples=50
+        out, first_is={"protocol": "erased:thickness"}, second_is={"protocol": "full"}, num_resamples=50
     )
     assert found.tasks[0].num_patients == 14
-    file = next((out / "predictions").glob("*erased-vendor*"))
+    file = next((out / "predictions").glob("*erased-thickness*"))
     assert table_metadata(read_table(file))["erased"]["num_patients"] == 10
+    assert table_metadata(read_table(file))["erased"]["rank"] == 1
+
+
+def test_what_a_protocol_is_not_for_is_told(tmp_path, root):
+    """Neither nothing without a word, nor another head than the one that was asked for."""
+    settings = replace(QUICK, seeds=1, protocols=("erased",), heads=("attention",))
+    result = run_bench(tasks_of("solid-organs", "organ", "findings"), ["pixels"], root, tmp_path / "out", settings)
+    assert (result["scores"], result["complete"]) == ([], False)
+    said = {row["task"].partition(":")[2]: row["reason"] for row in result["left_out"]}
+    assert said["solid-organs"] == (
+        "erased is for classification, regression, multilabel, survival, retrieval; this task is segmentation"
+    )
+    assert said["organ"] == said["findings"] == "attention, erased: a head on patch tokens; only vectors are erased"
+    assert not list((tmp_path / "out" / "features").rglob("*.parquet"))  # nothing was encoded for nothing
 
 
 def test_protocols_that_erase():

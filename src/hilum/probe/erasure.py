@@ -160,25 +160,47 @@ def learn_nuisances(
 ) -> NuisanceCoder:
     """How nuisances become columns, from the training cases. A name is a number when all its known values are.
 
-    LabelsError when a name has no value at all, or the same one in every case: nothing could be erased.
+    LabelsError when a name does not vary (`why_constant`): nothing could be erased.
     """
     categories, scales, empty = {}, {}, []
     for name in names:
         values = [case.get(name) for case in cases]
-        known = [value for value in values if value is not None]
-        if len({_word(value) for value in values}) < 2 or not known:
-            empty.append(f"{name} ({f'always {known[0]}' if known else 'no value'})")
-        elif all(isinstance(value, (int, float)) for value in known):
-            scales[name] = (float(np.mean([float(value) for value in known])), len(known) < len(values))
+        if reason := why_constant(values, patients):
+            empty.append(f"{name} ({reason})")
+        elif _are_numbers(values):
+            known = [float(value) for value in values if value is not None]
+            scales[name] = (float(np.mean(known)), len(known) < len(values))
         else:
-            owners: dict[str, set[str]] = {}
-            for value, patient in zip(values, patients):
-                owners.setdefault(_word(value), set()).add(patient)
-            often = sorted(word for word, who in owners.items() if len(who) >= MIN_PATIENTS)
-            categories[name] = (*often, *([OTHER] if len(often) < len(owners) and OTHER not in often else []))
+            categories[name] = _categories(values, patients)
     if empty:
         raise LabelsError(f"nothing to erase of {', '.join(empty)}; expected values that differ between training cases")
     return NuisanceCoder(categories=categories, scales=scales)
+
+
+def why_constant(values: Sequence[Value], patients: Sequence[str]) -> str:
+    """Why the columns of a nuisance would be the same in all cases; "" where they are not. No value is named: reasons stand in
+    results."""
+    words = {_word(value) for value in values}
+    if words <= {MISSING}:
+        return "no value"
+    if len(words) == 1:
+        return "always the same"
+    if not _are_numbers(values) and len(_categories(values, patients)) < 2:
+        return f"no value of {MIN_PATIENTS} patients or more"
+    return ""
+
+
+def _are_numbers(values: Sequence[Value]) -> bool:
+    return all(value is None or isinstance(value, (int, float)) for value in values)
+
+
+def _categories(values: Sequence[Value], patients: Sequence[str]) -> tuple[str, ...]:
+    """Words of at least MIN_PATIENTS patients, and OTHER where there are more."""
+    owners: dict[str, set[str]] = {}
+    for value, patient in zip(values, patients):
+        owners.setdefault(_word(value), set()).add(patient)
+    often = sorted(word for word, who in owners.items() if len(who) >= MIN_PATIENTS)
+    return (*often, *([OTHER] if len(often) < len(owners) and OTHER not in often else []))
 
 
 def _word(value: Value) -> str:

@@ -22,6 +22,7 @@ from hilum.bench.task import Case, Found, Task
 from hilum.errors import UsageError
 from hilum.probe.heads import head_class
 from hilum.probe.sampling import draw_few, draw_share
+from hilum.terminal import few
 
 FEW_SHOT = ("few-shot:1", "few-shot:5", "few-shot:10", "few-shot:20")
 FRACTIONS = ("fraction:0.05", "fraction:0.1", "fraction:0.25", "fraction:0.5")
@@ -38,6 +39,15 @@ DEFAULT_HEADS: dict[str, tuple[tuple[str, str], ...]] = {
     "localisation": ((TOKEN_FEATURES, "localisation"),),
     "segmentation": ((TOKEN_FEATURES, "segmentation"),),
     "retrieval": (("", "cosine"),),
+}
+
+_OF_VECTORS = ("classification", "regression", "multilabel", "survival")
+_KINDS: dict[str, tuple[str, ...]] = {  # of tasks; protocols that are not here have all but retrieval
+    "full": tuple(DEFAULT_HEADS),
+    "few-shot": ("classification",),
+    "curia": ("classification", "regression"),
+    "tokens": _OF_VECTORS,
+    "erased": (*_OF_VECTORS, "retrieval"),
 }
 
 
@@ -86,20 +96,17 @@ def patches_at_once(protocol: str) -> int | None:
     return int(number) if kind == "chunked" else None
 
 
-def applies(protocol: str, task: Task) -> bool:
-    """Whether a protocol has a meaning for a kind of task."""
-    kind = protocol.partition(":")[0]
-    if kind == "few-shot":
-        return task.kind == "classification"
-    if task.kind == "retrieval":
-        return kind in ("full", "erased")
-    if kind == "erased":
-        return task.kind not in ("localisation", "segmentation")
-    if kind in ("curia", "tokens"):
-        return task.kind in ("classification", "regression") or (
-            kind == "tokens" and task.kind in ("multilabel", "survival")
-        )
-    return True
+def kinds_of(protocol: str) -> tuple[str, ...]:
+    """Kinds of tasks for which a protocol has a meaning."""
+    usual = tuple(kind for kind in DEFAULT_HEADS if kind != "retrieval")
+    return _KINDS.get(protocol.partition(":")[0], usual)
+
+
+def why_none(protocols: Sequence[str], task: Task) -> str:
+    """Why none of these protocols is fitted on a task; "" where one is."""
+    if any(task.kind in kinds_of(name) for name in protocols):
+        return ""
+    return f"{'; '.join(f'{name} is for {few(kinds_of(name))}' for name in protocols)}; this task is {task.kind}"
 
 
 def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
@@ -109,8 +116,6 @@ def heads_of(protocol: str, task: Task, chosen: Sequence[str] = ()) -> tuple[tup
     if protocol == "tokens":
         usual = DEFAULT_HEADS[task.kind][0][1]
         return (("class", usual), ("mean", usual), (TOKEN_FEATURES, "attention"))
-    if protocol.startswith("erased"):
-        chosen = [name for name in chosen if head_class(name).sees == "vectors"]
     if chosen and task.kind in ("classification", "multilabel", "regression", "survival"):
         return tuple((TOKEN_FEATURES if head_class(name).sees == "tokens" else "", name) for name in chosen)
     return DEFAULT_HEADS[task.kind]
@@ -140,13 +145,13 @@ def make_trials(
     owners = np.array(patients)[part["train"]]
     if name == "few-shot":
         labels, k = np.array([target[0] for target in targets]), int(number)
-        few = draw_few(labels[part["train"]], k, groups=owners, num_draws=draws, seed=seed)
+        drawn = draw_few(labels[part["train"]], k, groups=owners, num_draws=draws, seed=seed)
         return [
             Trial(
                 draw=d, train=part["train"][rows], test=part["test"],
                 val=_shots(part["val"], labels, min(k, MAX_VAL_SHOTS), [seed, d]),
             )
-            for d, (rows, _) in enumerate(few)
+            for d, (rows, _) in enumerate(drawn)
         ]  # fmt: skip
     if name == "fraction":
         shares = [draw_share(owners, float(number), seed=seed + d) for d in range(draws)]

@@ -30,12 +30,13 @@ from hilum.bench.run.heads import save_head
 from hilum.bench.run.joined import JoinedCache, JoinedEncoder, JoinedFeatures, join_models
 from hilum.bench.run.protocols import (
     TOKEN_FEATURES,
-    applies,
     erased_names,
     expand_protocols,
     heads_of,
+    kinds_of,
     make_trials,
     patches_at_once,
+    why_none,
 )
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.scores import write_scores
@@ -242,14 +243,17 @@ class _Bench:
         wanted = [
             (protocol, features, head)
             for protocol in self.settings.protocols
-            if applies(protocol, task)
+            if task.kind in kinds_of(protocol)
             for features, head in heads_of(protocol, task, self.settings.heads)
         ]
-        if joined and (on_tokens := [one for one in wanted if one[1] == TOKEN_FEATURES]):
-            for protocol, _, head in on_tokens:
-                reason = f"{head}, {protocol}: a head on patch tokens; joined models have vectors only"
-                self._leave_out(task, encoder, reason, 0)
-            wanted = [one for one in wanted if one not in on_tokens]
+        if reason := why_none(self.settings.protocols, task):
+            self._leave_out(task, encoder, reason, 0)
+        for one in [one for one in wanted if one[1] == TOKEN_FEATURES]:
+            protocol, _, head = one
+            if joined or erased_names(protocol) is not None:
+                why = "joined models have vectors only" if joined else "only vectors are erased"
+                self._leave_out(task, encoder, f"{head}, {protocol}: a head on patch tokens; {why}", 0)
+                wanted.remove(one)
         for most in dict.fromkeys(patches_at_once(protocol) for protocol, _, _ in wanted):
             if most and not isinstance(encoder.contract, VolumeContract):
                 what = "joins models" if joined else "encodes slices"
