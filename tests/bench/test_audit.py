@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -14,6 +15,13 @@ from hilum.bench.audit import vectors
 from hilum.bench.audit.find import check_copies, check_features, check_labels, find_leaks
 from hilum.bench.audit.fingerprints import ALIKE, likeness, look, nearest, unit
 from hilum.bench.audit.images import Images, Scan, Slice, add_store, slice_hash
+from hilum.bench.audit.run import audit
+from hilum.bench.phantom.scans import PhantomSettings, write_phantom_scans
+from hilum.bench.phantom.tasks import PHANTOM_TASKS
+from hilum.encode.encoder import write_encoder
+from hilum.encode.shape import ViTConfig
+from hilum.encode.vit import ViT
+from hilum.encode.volume_contract import VolumeContract
 from hilum.volume import Volume
 
 
@@ -247,3 +255,19 @@ def test_copies_are_found_by_features_and_only_they():
     assert 5 <= found.affected <= 7
     same = check_copies("t", with_copies, [*sides, *["test"] * 5], [*owners, *"abcde"], [*patients, *patients[:5]])
     assert sum(found.affected for found in same) <= 2  # cases of one patient are no findings
+
+
+def test_what_an_encoder_cannot_check_is_told(tmp_path):
+    """Few patients, an encoder of volumes on slices: notes, and the other checks stand."""
+    write_phantom_scans(tmp_path / "phantom", PhantomSettings(num_patients=8, num_heads=4, num_slices=8, matrix=32))
+    tasks = [task for task in PHANTOM_TASKS if task.id == "phantom:age"]
+    found = audit(tasks, tmp_path, model="pixels")
+    assert any("phantom:age: too few train cases" in note for note in found.notes)
+    assert any("phantom:age:" in note and "too few to check labels" in note for note in found.notes)
+    torch.manual_seed(0)
+    config = ViTConfig(size="48x1x2-mlp96", patch=(8, 8, 8), image=(16, 16, 16), positions="rotary")
+    contract = VolumeContract(background_px=0, patch=(8, 8, 8), min_spacing_mm=8.0)
+    write_encoder(tmp_path / "encoder", ViT(config), contract, {"recipe": "volumes", "step": 0})
+    found = audit(tasks, tmp_path, model=str(tmp_path / "encoder"))
+    assert found.slices
+    assert "encodes volumes" in "\n".join(found.notes)

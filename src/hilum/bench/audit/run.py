@@ -1,5 +1,6 @@
 """`hilum bench audit` as a function: tasks, their data, and if wanted a pre-training store and an encoder; findings out."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -11,15 +12,16 @@ import numpy as np
 
 from hilum.archive.privacy import Key, read_key
 from hilum.archive.store.store import Store
-from hilum.bench.audit.find import Finding, check_copies, check_features, check_labels, find_leaks
+from hilum.bench.audit.find import NEIGHBOURS, Finding, check_copies, check_features, check_labels, find_leaks
 from hilum.bench.audit.images import Images, add_cases, add_store
+from hilum.bench.audit.vectors import can_judge
 from hilum.bench.run.features import FeatureCache
 from hilum.bench.run.scans import CaseReader
 from hilum.bench.run.suites import Asked, open_task
 from hilum.bench.splits import hash_case
 from hilum.bench.task import Case, Task
 from hilum.encode.zoo import load_encoder
-from hilum.errors import InputError
+from hilum.errors import InputError, UsageError
 from hilum.terminal import Progress, format_table, wrap_row
 
 
@@ -107,7 +109,8 @@ def audit(
             if encoder is not None:
                 with nullcontext(features) if features is not None else TemporaryDirectory() as folder:
                     cache = FeatureCache(Path(folder), encoder, reader=reader)
-                    found += _check_encoder(task, cases, cache, key, progress)
+                    more, said = _check_encoder(task, cases, cache, key, progress)
+                    found, notes = found + more, notes + said
     return Audit(findings=tuple(found), slices=slices, refused=refused, notes=tuple(notes))
 
 
@@ -121,21 +124,37 @@ def _read(asked: Asked, data: Path, seed: int, progress: Progress | None) -> tup
 
 def _check_encoder(
     task: Task, cases: Sequence[Case], cache: FeatureCache, key: Key, progress: Progress | None
-) -> list[Finding]:
-    """Copies by the features of all cases; features and labels of the training cases."""
-    rows = cache.features(task, cases, progress=progress)
+) -> tuple[list[Finding], list[str]]:
+    """Copies by the features of all cases; features and labels of the training cases. And what could not be checked."""
+    found: list[Finding] = []
+    try:
+        rows = cache.features(task, cases, progress=progress)
+    except UsageError as error:  # an encoder of volumes, a task of slices: the other checks stand
+        return found, [f"{task.id}: {error}"]
+    refused = Counter(reason for reason in rows.reasons if reason)
+    notes = [
+        f"{task.id}: {cache.encoder.name} refuses {number:,} cases: {reason}" for reason, number in refused.items()
+    ]
     kept = [n for n, reason in enumerate(rows.reasons) if not reason]
     if not kept:
-        return []
+        return found, notes
     vectors, cases = rows.take(kept).vectors("mean"), [cases[n] for n in kept]
-    patients = [case.patient for case in cases]
-    found: list[Finding] = []
+    patients, sides = [case.patient for case in cases], [str(case.split) for case in cases]
     if np.isfinite(vectors).all():
         owners = [hash_case(task, case, key) for case in cases]
-        found += check_copies(task.id, vectors, [str(case.split) for case in cases], owners, patients)
-    train = [n for n, case in enumerate(cases) if case.split == "train"]
+        found += check_copies(task.id, vectors, sides, owners, patients)
+        for side in ("train", "val"):
+            own = [patient for patient, where in zip(patients, sides) if where == side]
+            if own and not can_judge(own):
+                notes.append(f"{task.id}: too few {side} cases ({len(own)}) to know copies of them by features")
+    else:
+        notes.append(f"{task.id}: features that are not finite; copies are not sought by them")
+    train = [n for n, side in enumerate(sides) if side == "train"]
     if not train or task.kind in ("segmentation", "localisation"):
-        return found
+        return found, notes
     targets = np.array([cases[n].target for n in train], float)
     found += check_features(task.id, vectors[train])
-    return found + check_labels(task.id, task.kind, vectors[train], targets, [patients[n] for n in train])
+    trained = [patients[n] for n in train]
+    if len(set(trained)) <= NEIGHBOURS:
+        notes.append(f"{task.id}: {len(set(trained))} training patients are too few to check labels")
+    return found + check_labels(task.id, task.kind, vectors[train], targets, trained), notes

@@ -35,7 +35,7 @@ def find_copies(
     first, second  (N, D) and (M, D) features of one encoder, finite
     patients       of each row; cases of one patient are alike and no findings
     """
-    if len(first) < LEAST_CASES or not len(second):
+    if not can_judge(first_patients) or not len(second):
         return []
     codes = np.unique([*first_patients, *second_patients], return_inverse=True)[1].astype(np.intp)
     here, there = codes[: len(first)], codes[len(first) :]
@@ -43,12 +43,14 @@ def find_copies(
     one, two = (unit(np.asarray((part - mean) @ turn, np.float32)) for part in (first, second))
     own = np.unique(np.linspace(0, len(one) - 1, min(len(one), MOST_OWN)).astype(np.intp))
     alike = nearest_of_others(one[own], here[own], one, here)[1]
-    alike = alike[np.isfinite(alike)]
-    if len(alike) < LEAST_CASES:  # of one patient, or of few
-        return []
     enough = 1 - STANDS_OUT * float(np.quantile(1 - alike, NEAREST_SHARE))
     near, cosine = nearest_of_others(two, there, one, here)
     return [(int(near[row]), int(row), float(cosine[row])) for row in np.flatnonzero(cosine >= enough)]
+
+
+def can_judge(first_patients: Sequence[str]) -> bool:
+    """Whether cases of these patients tell how alike two patients are."""
+    return len(first_patients) >= LEAST_CASES and len(set(first_patients)) > 1
 
 
 def nearest_of_others(queries: Array, asking: Codes, references: Array, owners: Codes) -> tuple[Codes, Array]:
