@@ -86,6 +86,7 @@ def erase(
     )
     notes = [f"{name}: {number:,} cases without a value" for name, number in told["missing"].items() if number]
     notes += ["learnt from all cases: a test on them knows their scanners; --train split=train"] if not train else []
+    notes += [f"{told['failed']:,} rows of scans that could not be encoded are not in it"] if told["failed"] else []
     print_result(told, as_json, "\n".join([text, *notes]))
 
 
