@@ -170,8 +170,8 @@ def _likenesses(there: Images, here: Images, pairs: Rows) -> NDArray[np.float32]
 def check_copies(
     task: str, vectors: NDArray[np.float32], sides: Sequence[str], owners: Sequence[str], patients: Sequence[str]
 ) -> list[Finding]:
-    """Cases of two sides that an encoder finds more alike than two patients (`hilum.bench.audit.vectors`). No verdict: one in
-    some hundred cases that are no copies is named, too.
+    """Cases of two sides that an encoder finds more alike than two patients (`hilum.bench.audit.vectors`). No verdict: about
+    one in a hundred cases that are no copies is named, too.
 
     vectors                  (N, D) of all cases
     sides, owners, patients  (N,) train, val or test; keyed hashes of case and patient
