@@ -186,7 +186,8 @@ def test_settings_that_are_read_pass_and_so_do_files(tmp_path):
     check_read(override(RECIPES["small3d"], ["volumes.flip=0.5", "views.num_local=2"]), "small3d")
     mine = tmp_path / "mine.toml"  # what slices alone have must be taken away in 3D
     mine.write_text(
-        'base = "tiny"\nmodel = {patch = [8, 8, 8], image = [48, 48, 48]}\n[volumes]\nshapes = [[[48, 48, 48], [24, 24, 24], 1.0]]\n'
+        'base = "tiny"\nmodel = {patch = [8, 8, 8], image = [48, 48, 48]}\n'
+        "[volumes]\nshapes = [[[48, 48, 48], [24, 24, 24], 1.0]]\n"
         "[views]\nct = {blur = 0.0, window = 0.0}\nmr = {blur = 0.0}\n"
     )
     check_read(load_recipe(str(mine)), str(mine))
