@@ -20,10 +20,12 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a setting:
 
 def _choose(name: str, sets: list[str] | None, seed: int | None = None, start_from: str | None = None) -> "Recipe":
     """A recipe by name or file with what the command line changes."""
+    from hilum.pretrain.describe import check_read
     from hilum.pretrain.presets import load_recipe
     from hilum.settings import override
 
     chosen = override(load_recipe(name), [*(sets or []), *([f"run.seed={seed}"] if seed is not None else [])])
+    check_read(chosen, name)
     return chosen if start_from is None else replace(chosen, start_from=start_from)
 
 

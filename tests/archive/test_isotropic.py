@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,21 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(plain, derived, tmp_path
     assert files(tmp_path / "out") == files(derived.root)
     kept = [p for p in (tmp_path / "out" / "volumes").rglob("*.b2nd") if p.stat().st_mtime_ns < before]
     assert kept, "what was done is not done again"
+
+
+def test_a_damaged_volume_is_named_and_the_run_goes_on_once_it_is_mended(plain, derived, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(plain.root, store)
+    key = max(derived.rows, key=lambda row: row.bytes).key
+    path = store / "volumes" / key[:2] / f"{key}.b2nd"
+    whole = path.read_bytes()
+    low, high = len(whole) // 8, len(whole) * 7 // 8
+    path.write_bytes(whole[:low] + bytes(byte ^ 0xA5 for byte in whole[low:high]) + whole[high:])
+    with pytest.raises(StoreError, match=rf"{key}.*hilum store verify"):
+        resample_store(store, tmp_path / "out", settings=SETTINGS, num_workers=2)
+    path.write_bytes(whole)
+    resample_store(store, tmp_path / "out", settings=SETTINGS, num_workers=1)
+    assert files(tmp_path / "out") == files(derived.root)
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(plain, derived, monkeypatch):

@@ -54,6 +54,18 @@ def test_budget_of_patches():
     assert budget_shape((14 * 25, 14 * 25, 14 * 40), contract) == (350, 350, 560)  # exactly the budget
 
 
+@pytest.mark.parametrize("shape", [(1, 700, 700), (2, 900, 500), (8, 2000, 2000), (2000, 3, 900), (20, 900, 900)])
+def test_thin_scans_keep_the_budget_too(shape):
+    """A side of one patch cannot give its cube root of the rest; padded, it takes at least a voxel."""
+    contract = VolumeContract(patch=(8, 8, 8), max_patches=4096, edges="pad")
+    made = budget_shape(shape, contract)
+    num = int(np.prod([-(-n // 8) for n in made]))
+    assert 0.6 * 4096 < num <= 4096
+    assert min(made) >= 1
+    long = [n / m for n, m in zip(shape, made) if m > 100]
+    assert max(long) < 1.02 * min(long)  # in proportion
+
+
 def trilinear(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Each voxel from its eight neighbours, coordinates held inside."""
     out = np.zeros(shape)

@@ -8,6 +8,7 @@ import pytest
 from hilum.errors import UsageError
 from hilum.pretrain.describe import (
     NOT_IN_3D,
+    check_read,
     describe,
     format_list,
     format_recipe,
@@ -172,6 +173,26 @@ def test_a_page_shows_every_setting_within_its_width(name):
     assert ("min_share" in rows) == RECIPES[name].is_3d
     if PRESETS[name].base:
         assert f"It differs from {PRESETS[name].base} in:" in text
+
+
+@pytest.mark.parametrize(("name", "asked"), [("small3d", "views.flip=0.5"), ("tiny", "volumes.flip=0.3")])
+def test_a_setting_that_nothing_reads_is_refused(name, asked):
+    setting = asked.partition("=")[0]
+    with pytest.raises(UsageError, match=rf"nothing reads {setting};.*--show {name}"):
+        check_read(override(RECIPES[name], [asked]), name)
+
+
+def test_settings_that_are_read_pass_and_so_do_files(tmp_path):
+    check_read(override(RECIPES["small3d"], ["volumes.flip=0.5", "views.num_local=2"]), "small3d")
+    mine = tmp_path / "mine.toml"  # what slices alone have must be taken away in 3D
+    mine.write_text(
+        'base = "tiny"\nmodel = {patch = [8, 8, 8], image = [48, 48, 48]}\n'
+        "[volumes]\nshapes = [[[48, 48, 48], [24, 24, 24], 1.0]]\n"
+        "[views]\nct = {blur = 0.0, window = 0.0}\nmr = {blur = 0.0}\n"
+    )
+    check_read(load_recipe(str(mine)), str(mine))
+    for preset, recipe in RECIPES.items():
+        check_read(recipe, preset)
 
 
 def test_a_row_tells_what_differs_from_the_row_before():

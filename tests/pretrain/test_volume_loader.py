@@ -58,6 +58,9 @@ def test_a_modality_without_weight_is_not_trained_on(recipe, volume_stores):
     assert {some.samplers[0][n][0] for n in range(some.samplers[0].length)} == {0, 2}
     assert some.contract.modalities == ("CT", "OT")
     assert some.left_out == {}
+    none = replace(recipe, sampling=replace(recipe.sampling, ct=0.0, mr=0.0))
+    with pytest.raises(StoreError, match=r"holds CT and MR, .* --set sampling.ct=1 --set sampling.mr=1"):
+        Crops(some.store, none, contract_of(none))
 
 
 def test_shapes_are_drawn_by_their_weight_and_alike_within_a_step(crops, recipe):

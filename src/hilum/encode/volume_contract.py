@@ -222,17 +222,29 @@ def _find_body(
 
 def budget_shape(shape: Any, contract: VolumeContract) -> tuple[int, ...]:
     """The shape of at most `max_patches` patches. Of five factors around f = ∛(budget / patches) the one that keeps most
-    patches (the smallest of equals), and 0.95 f when none is small enough; sides are int(N·factor)."""
+    patches (the smallest of equals), and 0.95 f when none is small enough; sides are int(N·factor).
+
+    That is VoxelFM's rule. Thin scans break it, since a side of one patch has nothing to give: where edges are padded, sides
+    keep a voxel and the factor goes on falling until the budget is kept; where they are cut, the last patch would be lost.
+    """
+    pad = contract.edges == "pad"
 
     def num_patches(sides: Any) -> int:
-        return math.prod(-(-n // p) if contract.edges == "pad" else n // p for n, p in zip(sides, contract.patch))
+        return math.prod(-(-n // p) if pad else n // p for n, p in zip(sides, contract.patch))
+
+    def smaller(factor: float) -> tuple[int, ...]:
+        return tuple(max(int(n * factor), int(pad)) for n in shape)
 
     if num_patches(shape) <= contract.max_patches:
         return tuple(shape)
     f = (contract.max_patches / num_patches(shape)) ** (1 / 3)
-    tried = [tuple(int(n * (f * share)) for n in shape) for share in (0.98, 0.99, 1.0, 1.01, 1.02)]
-    fitting = [sides for sides in tried if num_patches(sides) <= contract.max_patches]
-    return max(fitting, key=num_patches) if fitting else tuple(int(n * (f * 0.95)) for n in shape)
+    tried = [smaller(f * share) for share in (0.98, 0.99, 1.0, 1.01, 1.02)]
+    if fitting := [sides for sides in tried if num_patches(sides) <= contract.max_patches]:
+        return max(fitting, key=num_patches)
+    f *= 0.95
+    while pad and num_patches(smaller(f)) > contract.max_patches:
+        f *= 0.99
+    return smaller(f)
 
 
 def _resize(

@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hilum.errors import UsageError
 from hilum.pretrain.origins import SETTINGS, Change
 from hilum.pretrain.presets import PRESETS, RECIPES, find_base
 from hilum.pretrain.recipe import Recipe
@@ -41,6 +42,26 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def unread_settings(recipe: Recipe) -> frozenset[str]:
+    """Settings that training does not look at: those of slices in 3D, those of volumes in 2D."""
+    return NOT_IN_3D if recipe.is_3d else frozenset(name for name in SETTINGS if name.startswith("volumes."))
+
+
+def check_read(recipe: Recipe, name: str) -> None:
+    """UsageError when a user changed what training does not look at; `name` as in `describe`."""
+    preset, kind = leaves(to_dict(RECIPES[find_base(name)])), "volumes" if recipe.is_3d else "slices"
+    unread, asked = unread_settings(recipe), leaves(to_dict(recipe))
+    changed = [setting for setting, value in asked.items() if setting in unread and value != preset[setting]]
+    if recipe.is_3d:  # what a recipe of volumes must set to 0 is refused elsewhere
+        changed = [setting for setting in changed if asked[setting]]
+    if changed:
+        hint = "volumes.flip, volumes.shapes and others of volumes" if recipe.is_3d else "those of views"
+        raise UsageError(
+            f"recipe {recipe.name} trains on {kind}, where nothing reads {', '.join(changed)}; leave it out, or see {hint}: "
+            f"hilum pretrain --show {name}"
+        )
+
+
 def describe(recipe: Recipe, name: str) -> list[Line]:
     """Every setting that a recipe reads, but its name.
 
@@ -49,8 +70,7 @@ def describe(recipe: Recipe, name: str) -> list[Line]:
     """
     preset = find_base(name)
     published = leaves(to_dict(RECIPES[preset]))
-    unread = NOT_IN_3D if recipe.is_3d else [name for name in SETTINGS if name.startswith("volumes.")]
-    lines = []
+    unread, lines = unread_settings(recipe), []
     for setting, value in leaves(to_dict(recipe)).items():
         if setting == "name" or setting in unread:
             continue

@@ -229,8 +229,11 @@ def contract_of_store(store: Store, recipe: Recipe, contract: VolumeContract) ->
 def _nothing_fits(store: Store, recipe: Recipe, sides: NDArray[np.int64], weights: NDArray[np.float64]) -> str:
     """Why there is nothing to train on."""
     if not (weights > 0).any():
+        found = sorted(set(store.rows.table["modality"].to_pylist()))
+        names = [name.lower() if name in ("CT", "MR") else "other" for name in found]
         return (
-            f"no volume of {store.root} is left to train on: every modality has weight 0 (see the settings of sampling)"
+            f"no volume of {store.root} is left to train on: it holds {' and '.join(found) or 'none'}, to which recipe "
+            f"{recipe.name} gives weight 0. Give another store, or a weight: {' '.join(f'--set sampling.{n}=1' for n in names)}"
         )
     largest = sides[weights > 0][sides[weights > 0].prod(1).argmax()]
     return (

@@ -140,11 +140,7 @@ def read_region(store: Store, key: str, start: tuple[int, int, int], size: tuple
         raise StoreError(
             f"volume {key} has shape {array.shape}; found a box of {tuple(size)} at {tuple(start)} outside of it"
         )
-    try:
-        box: NDArray[np.int16] = array[tuple(slice(a, a + n) for a, n in zip(start, size))]
-    except RuntimeError as error:
-        raise StoreError(f"volume {key} of {store.root} is broken ({error}); see hilum store verify") from None
-    return box
+    return store.read_stored(key, tuple(slice(a, a + n) for a, n in zip(start, size)))
 
 
 def read_moments(store: Store, key: str) -> tuple[float, float]:
@@ -235,8 +231,7 @@ def _oriented(store: Store, row: Row, orientation: str) -> Volume:
     """The stored numbers of a volume, turned. Larger ones lie in a file, not in memory."""
     if row.affine is None:
         raise ScanRefused("no_geometry", "an image without position and spacing")
-    array, _ = open_volume(store.root, row.key)
-    stored = gather((array[k] for k in range(row.shape[0])), row.shape, np.int16)
+    stored = gather((store.read_stored(row.key, k) for k in range(row.shape[0])), row.shape, np.int16)
     affine = np.array(row.affine).reshape(4, 4)
     vol = Volume(voxels=stored, affine=affine, modality=row.modality, unit=row.unit)
     if vol.shear_deg > MAX_SHEAR_DEG:

@@ -253,10 +253,6 @@ class Store:
         """One whole volume; voxels (Z, Y, X) float32, or int16 when stored without scaling."""
         return self._volume(self.row(key), (0, 0, 0), self.read_stored(key))
 
-    def read_stored(self, key: str) -> NDArray[np.int16]:
-        """The stored numbers of one volume, (Z, Y, X)."""
-        return self._read(key, ())
-
     def read_crop(self, key: str, start: tuple[int, int, int], shape: tuple[int, int, int]) -> Volume:
         """One box of a volume, without reading the rest.
 
@@ -268,7 +264,7 @@ class Store:
         inside = [(min(max(a, 0), n - 1), max(min(a + m, n), 1)) for a, m, n in zip(start, shape, row.shape)]
         inside = [(low, max(high, low + 1)) for low, high in inside]
         (k, k_end), (j, j_end), (i, i_end) = inside
-        vol = self._volume(row, (k, j, i), self._read(key, np.s_[k:k_end, j:j_end, i:i_end]))
+        vol = self._volume(row, (k, j, i), self.read_stored(key, np.s_[k:k_end, j:j_end, i:i_end]))
         if (k, j, i) == tuple(start) and vol.shape == tuple(shape):
             return vol
         at = (start[0] - k, start[1] - j, start[2] - i)
@@ -285,9 +281,10 @@ class Store:
 
     def read_stored_slice(self, key: str, z: int) -> tuple[NDArray[np.int16], SliceContent]:
         """The stored numbers (Y, X) of one slice, and what is known of it."""
-        return self._read(key, z), SliceContent(unpack_cells(open_volume(self.root, key)[1], z))
+        return self.read_stored(key, z), SliceContent(unpack_cells(open_volume(self.root, key)[1], z))
 
-    def _read(self, key: str, where: Any) -> NDArray[np.int16]:
+    def read_stored(self, key: str, where: Any = ()) -> NDArray[np.int16]:
+        """The stored numbers of one volume, (Z, Y, X), or what an index of it picks. StoreError when they cannot be read."""
         array, _ = open_volume(self.root, key)
         try:
             stored: NDArray[np.int16] = array[where]
