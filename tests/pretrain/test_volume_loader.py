@@ -65,9 +65,25 @@ def test_a_modality_without_weight_is_not_trained_on(recipe, volume_stores):
 
 def test_shapes_are_drawn_by_their_weight_and_alike_within_a_step(crops, recipe):
     size = recipe.run.batch_size
-    drawn = Counter(crops.which(sample) for sample in range(0, 3000 * size, size))
+    drawn = Counter(crops.turn(sample)[0] for sample in range(0, 3000 * size, size))
     assert drawn[0] / 3000 == pytest.approx(2 / 3, abs=0.03)
-    assert all(len({crops.which(step * size + n) for n in range(size)}) == 1 for step in range(20))
+    assert all(len({crops.turn(step * size + n)[0] for n in range(size)}) == 1 for step in range(20))
+
+
+def test_each_shape_visits_its_volumes_a_whole_number_of_times(crops, recipe):
+    """Counted over whole epochs of each shape, whatever steps of other shapes lie between; asked out of order, the same."""
+    seen = {number: [] for number in range(len(crops.shapes))}
+    for sample in range(600):
+        number, turn = crops.turn(sample)
+        assert turn == len(seen[number])
+        seen[number].append(crops.samplers[number][turn][0])
+    for number, sampler in enumerate(crops.samplers):
+        whole = len(seen[number]) // sampler.length * sampler.length
+        visits = Counter(seen[number][:whole])
+        assert whole
+        assert visits == {n: q * whole // sampler.length for n, q in enumerate(sampler.quotas.tolist()) if q}
+    fresh = Crops(crops.store, recipe, crops.contract)
+    assert [fresh.turn(n) for n in (599, 7, 300)] == [crops.turn(n) for n in (599, 7, 300)]
 
 
 def test_a_batch_is_the_same_however_it_is_cut(crops):
@@ -79,7 +95,7 @@ def test_a_batch_is_the_same_however_it_is_cut(crops):
             one = getattr(whole, name).unflatten(0, (views, 4))
             assert torch.equal(one, torch.stack([getattr(p, name).unflatten(0, (views, 1))[:, 0] for p in parts], 1))
         torch.testing.assert_close(whole.points, torch.cat([p.points for p in parts], 1), equal_nan=True)
-        large, small, _ = crops.shapes[crops.which(4 * step)]
+        large, small, _ = crops.shapes[crops.turn(4 * step)[0]]
         assert whole.globals.shape == (8, 1, *large)
         assert whole.locals.shape == (8, 1, *small)
         assert whole.masks.shape[1] == np.prod([n // 4 for n in large])

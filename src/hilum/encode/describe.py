@@ -82,7 +82,8 @@ def _volume_words(c: Mapping[str, Any]) -> tuple[str, ...]:
         f"Values are cut to {_range(c['clip_hu'])} HU.",
     ]
     told = {"modalities", "orientation", "clip_hu", "background_px", "min_spacing_mm", "max_patches", "patch"}
-    told |= {"mean", "std", "pooling", "edges"}
+    told |= {"mean", "std", "pooling", "edges", "longest"}
+    limit = f", and coarser where a side would have more than {c['longest']} voxels" if c.get("longest") else ""
     pads = c.get("edges") == "pad"
     rest = "its edges are repeated until patches are whole" if pads else "what is over is cut evenly"
     if c["background_px"]:
@@ -94,7 +95,7 @@ def _volume_words(c: Mapping[str, Any]) -> tuple[str, ...]:
     elif others:
         words.append("What has no HU is not cut to a range.")
     words += [
-        f"It is made isotropic at its smallest spacing, but not finer than {c['min_spacing_mm']:g} mm.",
+        f"It is made isotropic at its smallest spacing, but not finer than {c['min_spacing_mm']:g} mm{limit}.",
         f"It is made smaller until it has at most {c['max_patches']:,} patches of {patch} voxels; {rest}.",
         f"{c['mean']:g} HU is subtracted; it is divided by {c['std']:g} HU.",
     ]

@@ -44,6 +44,7 @@ class VolumeContract:
     background_px      cut to the box of what is above −800 HU (a box filter of this many voxels); 0 leaves it out. Without
                        a unit: above the threshold of the anatomy, the filter a cube in mm (`archive.body.body_sides`)
     min_spacing_mm     isotropic at the smallest spacing of the scan, but not finer than this
+    longest            and no side of more voxels: larger voxels then (VoxelFM's paper 768); 0: no limit (its code)
     max_patches        a volume of more is made smaller
     patch              voxels of a patch along (Z, Y, X)
     edges              what is over whole patches: "cut" evenly from both ends (VoxelFM), or "pad", the edge voxels repeated on
@@ -58,6 +59,7 @@ class VolumeContract:
     clip_hu: tuple[float, float] = (-1000.0, 1900.0)
     background_px: int = 21
     min_spacing_mm: float = 0.75
+    longest: int = 0
     max_patches: int = 25_000
     patch: tuple[int, int, int] = (14, 14, 14)
     edges: Literal["cut", "pad"] = "cut"
@@ -78,8 +80,9 @@ class VolumeContract:
     @property
     def hash(self) -> str:
         values = to_dict(self)
-        if self.edges == "cut":
-            del values["edges"]  # contracts had no such choice before; theirs is this one
+        for name, before in (("edges", "cut"), ("longest", 0)):
+            if values[name] == before:
+                del values[name]  # contracts had no such choice at first; theirs is this one
         return hash_json(values)
 
 
@@ -177,7 +180,7 @@ def fit_volume(
     image = torch.from_numpy(np.array(voxels, np.float32, order="C"))
     if unit == "HU":
         image.clamp_(*contract.clip_hu)
-    cubic = isotropic_shape(image.shape, affine, contract.min_spacing_mm, same=same)
+    cubic = isotropic_shape(image.shape, affine, contract.min_spacing_mm, contract.longest, same)
     image, affine = _resize(image, affine, cubic, notes, "made isotropic")
     smaller = budget_shape(image.shape, contract)
     image, affine = _resize(image, affine, smaller, notes, f"kept within {contract.max_patches:,} patches")

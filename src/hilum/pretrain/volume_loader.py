@@ -87,6 +87,9 @@ class Crops:
         keys = store.rows.table["key"].to_pylist()
         self.left_out = {keys[n]: sides[n].tolist() for n in np.flatnonzero(~known & (weights > 0))}
         self._content = lru_cache(CONTENTS_KEPT)(read_volume_content)
+        self._drawn: list[int] = []  # of each step so far: its shape, and how many steps before it have drawn that one
+        self._earlier: list[int] = []
+        self._so_far = [0] * len(self.shapes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Crops, (self.store, self.recipe, self.contract)
@@ -97,15 +100,21 @@ class Crops:
         unused = [list(shape[:2]) for shape in self.recipe.volumes.shapes if shape not in self.shapes]
         return {"num_volumes": self.num_volumes, "left_out": self.left_out, "shapes_without_volume": unused}
 
-    def which(self, sample: int) -> int:
-        """Which of `shapes` the step that a sample belongs to has drawn."""
-        run = self.recipe.run
-        return draw_weighted([weight for *_, weight in self.shapes], run.seed, 4, sample // run.batch_size)
+    def turn(self, sample: int) -> tuple[int, int]:
+        """Which of `shapes` the step of a sample has drawn, and the number of the sample among those of that shape,
+        so that each shape's sampler is walked through without gaps."""
+        run, weights = self.recipe.run, [weight for *_, weight in self.shapes]
+        step, place = divmod(sample, run.batch_size)
+        while len(self._drawn) <= step:
+            self._drawn.append(draw_weighted(weights, run.seed, 4, len(self._drawn)))
+            self._earlier.append(self._so_far[self._drawn[-1]])
+            self._so_far[self._drawn[-1]] += 1
+        return self._drawn[step], self._earlier[step] * run.batch_size + place
 
     def draw(self, sample: int) -> DrawnVolume:
         """Draw the views of a sample number; no voxel is read."""
-        recipe, number = self.recipe, self.which(sample)
-        volume, _ = self.samplers[number][sample]
+        recipe, (number, turn) = self.recipe, self.turn(sample)
+        volume, _ = self.samplers[number][turn]
         row, (large, small, _) = self.store.rows[volume], self.shapes[number]
         grid = patch_grid(large, recipe)
         rng = sample_rng(recipe.run.seed, sample)
@@ -120,7 +129,7 @@ class Crops:
 
     def draw_batch(self, first_sample: int, count: int) -> DrawnCrops:
         """Samples first, first + 1, … as numbers. All of them belong to one step."""
-        large, small, _ = self.shapes[self.which(first_sample)]
+        large, small, _ = self.shapes[self.turn(first_sample)[0]]
         return DrawnCrops([self.draw(sample) for sample in range(first_sample, first_sample + count)], (large, small))
 
     def render_batch(self, drawn: DrawnCrops) -> Batch:
@@ -223,7 +232,7 @@ def contract_of_store(store: Store, recipe: Recipe, contract: VolumeContract) ->
         raise UsageError(
             f"{store.root} was made with {found}. Train with its values: {sets}; or resample its scans again"
         )
-    return replace(contract, orientation=made["orientation"], background_px=made["background_px"])
+    return replace(contract, **{name: made[name] for name in ("orientation", "background_px", "longest")})
 
 
 def _nothing_fits(store: Store, recipe: Recipe, sides: NDArray[np.int64], weights: NDArray[np.float64]) -> str:
