@@ -25,7 +25,7 @@ OTHERS: list[tuple[Contract | VolumeContract, dict]] = [
     (RGB, {"mean": (0.5, 0.5, 0.4), "std": (0.5, 0.5, 0.4), "short_px": 300, "windows": ((0, 1), (0, 2), (0, 3))}),
     (VOLUME, {
         "modalities": ("MR",), "orientation": "IAR", "clip_hu": (-1000, 1), "background_px": 3, "min_spacing_mm": 2.0,
-        "max_patches": 9, "patch": (2, 14, 14), "mean": 1.0, "std": 2.0, "pooling": "mean",
+        "max_patches": 9, "patch": (2, 14, 14), "edges": "pad", "longest": 768, "mean": 1.0, "std": 2.0, "pooling": "mean",
     }),
 ]  # fmt: skip
 

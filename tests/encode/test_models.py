@@ -26,7 +26,8 @@ def test_contracts_are_complete_and_legal(name):
     """Without torch the hash is made from the table's values: they must be all, and mean what the class makes of them."""
     model = MODELS[name]
     contract = from_dict(Contract if model.dimension == 2 else VolumeContract, dict(model.contract))
-    assert to_dict(contract) == model.contract
+    later = {} if model.dimension == 2 else {"edges": "cut", "longest": 0}  # fields that no hash counts at these values
+    assert to_dict(contract) == later | dict(model.contract)
     assert contract.hash == hash_json(model.contract)
 
 

@@ -81,7 +81,7 @@ def test_features_that_collapse_stop_the_run(small, store_path, tmp_path, spoil)
 
     spoil(all_alike)
     recipe = changed(small["lejepa"], 60, model={"drop_path": 0.0})
-    with pytest.raises(TrainingDiverged, match=r"features collapsed \(step 25\): .*Likely cause: every slice"):
+    with pytest.raises(TrainingDiverged, match=r"features collapsed \(step 25\): .*Likely cause: every image"):
         pretrain(recipe, store_path, tmp_path)
     event = next(e for e in Events(tmp_path).read() if e["severity"] == "fatal")
     assert event["since"] == 15  # the last step measured before
