@@ -46,14 +46,14 @@ def token_colours(scan: Any, model: str) -> np.ndarray:
         + scan.affine[:3, 3]
     )
     if not found.slices:
-        grid, affine = found.patches[0], found.affines[0]
+        grid, affine = found.patches, found.affines[0]
     else:  # the tokens of neighbouring slices, one after the other
         grid, affine = found.patches, found.affines[0].copy()
         affine[:3, 0] = (found.affines[-1] - found.affines[0])[:3, 3] / max(len(grid) - 1, 1)
     index = (at - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
     colours = components(grid.astype(np.float32), np.ones(grid.shape[:3], bool))
     places = np.moveaxis(index, -1, 0)
-    return np.stack([map_coordinates(colours[..., n], places, order=0, mode="constant") for n in range(3)], -1)
+    return np.stack([map_coordinates(colours[..., n], places, order=0, mode="nearest") for n in range(3)], -1)
 
 
 def draw(place: Any, labels: np.ndarray, colour: str) -> None:
