@@ -19,13 +19,21 @@ from measure import print_lines, take_turns
 from torch.nn import functional
 
 from hilum.archive.store.index import index_path, write_index
-from hilum.archive.store.isotropic import Isotropic, VolumeContent, read_region, read_volume_content, write_isotropic
+from hilum.archive.store.isotropic import (
+    Isotropic,
+    IsotropicSettings,
+    VolumeContent,
+    read_region,
+    read_volume_content,
+    write_isotropic,
+)
 from hilum.archive.store.store import Store, open_for_writing, write_header, write_volume
 from hilum.pretrain.recipe import Intensity, ViewSpec
 from hilum.pretrain.sampling import sample_rng
 from hilum.pretrain.volume_render import WINDOW_QUANTILES, Read, VolumeFacts, render_volume_views
 from hilum.pretrain.volume_spec import Shape, VolumeSpec
 from hilum.pretrain.volume_views import VolumeView, sample_volume_views
+from hilum.settings import to_dict
 from hilum.volume import Volume
 
 KEY, SHAPE = "a" * 16, (300, 350, 450)
@@ -50,7 +58,8 @@ def write_store(root: Path, vol: Volume) -> Store:
     assert vol.affine is not None
     made = Isotropic(stored=vol.voxels, affine=vol.affine, slope=1.0, intercept=0.0, exact=True, moments=(0.0, 1.0))
     write_index(index_path(out), [write_isotropic(out, row, made)])
-    write_header(out, {"key": "k", "status": "complete"})
+    derived = {"kind": "isotropic", **to_dict(IsotropicSettings())}
+    write_header(out, {"key": "k", "derived": derived, "status": "complete"})
     return Store(out)
 
 
