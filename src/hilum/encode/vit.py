@@ -248,7 +248,7 @@ class ViT(nn.Module):
         """DINOv2: linear and position weights truncated normal .02, class token 1e-6, biases and mask token zero.
 
         Rotary positions add nothing to the class, register and mask tokens, and the first LayerNorm divides by their deviation:
-        near zero their gradient is a thousand times all others. They begin at .02 there (DINOv3: class token and registers).
+        near zero their gradient drowns all others. So they begin at .02 there (DINOv3: class token and registers).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
