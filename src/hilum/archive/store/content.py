@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,19 +141,21 @@ def unpack_cells(data: bytes, z: int) -> NDArray[np.uint8]:
 
 def shrink(image: NDArray[np.generic], side: int) -> NDArray[np.float32]:
     """Average an image (Y, X) onto (side, side) cells; an image smaller than that repeats its pixels."""
-    image = np.asarray(image, np.float32)
-    for axis in (0, 1):
-        n = image.shape[axis]
-        if n % side == 0:
-            shape = (side, n // side, -1) if axis == 0 else (image.shape[0], side, n // side)
-            image = image.reshape(shape).mean(axis + 1, dtype=np.float32)
-        elif n > side:
-            edges = np.arange(side) * n // side
-            counts = np.diff(np.append(edges, n))
-            image = np.add.reduceat(image, edges, axis) / counts.reshape((-1, 1) if axis == 0 else (1, -1))
-        else:
-            image = np.take(image, np.arange(side) * n // side, axis)
-    return np.asarray(image, np.float32)
+    return np.asarray(average(average(np.asarray(image, np.float32), 0, side), 1, side), np.float32)
+
+
+def average(values: NDArray[Any], axis: int, cells: int) -> NDArray[Any]:
+    """Means of `cells` runs of values along an axis, as equal as whole numbers allow; fewer values than that are repeated."""
+    n = values.shape[axis]
+    if n % cells == 0:
+        shape = (*values.shape[:axis], cells, n // cells, *values.shape[axis + 1 :])
+        mean: NDArray[np.float32] = values.reshape(shape).mean(axis + 1, dtype=np.float32)
+        return mean
+    edges = np.arange(cells) * n // cells
+    if n < cells:
+        return np.asarray(np.take(values, edges, axis))
+    counts = np.diff(np.append(edges, n)).reshape(-1, *[1] * (values.ndim - axis - 1))
+    return np.asarray(np.add.reduceat(values, edges, axis) / counts)
 
 
 def foreground_threshold(values: NDArray[np.float32]) -> float:

@@ -40,7 +40,7 @@ from hilum.archive.intake import refuse
 from hilum.archive.ledger import Entry, entries_of, read_entries, write_sorted
 from hilum.archive.locks import hold
 from hilum.archive.parts import Done, drop_parts, drop_remains, fill, parts_of, stop_on_signals
-from hilum.archive.store.content import GRID, find_threshold, measure_slices
+from hilum.archive.store.content import GRID, average, find_threshold, measure_slices
 from hilum.archive.store.index import Row, index_path, merge_indexes
 from hilum.archive.store.store import (
     Layout,
@@ -242,23 +242,13 @@ def _oriented(store: Store, row: Row, orientation: str) -> Volume:
 def write_isotropic(root: Path, row: Row, made: Isotropic) -> Row:
     """Write it under the key of the volume it was made of; returns its index row."""
     content = measure_slices((restore(s, made.slope, made.intercept) for s in each(made.stored)), row.unit)
-    coarse = np.rint(_coarse(content.cells)).astype(np.uint8)
+    coarse = np.rint(average(content.cells.astype(np.float32), 0, GRID)).astype(np.uint8)
     meta = {"moments": np.array(made.moments, "<f8").tobytes(), "volume": zlib.compress(coarse.tobytes(), 6)}
     affine = tuple(made.affine.ravel().tolist())
     row = replace(row, affine=affine, slope=made.slope, intercept=made.intercept, exact=made.exact)
     z, y, x = (min(n, CHUNK) for n in made.stored.shape)
     layout = Layout((z, y, x), (min(z, BLOCK), min(y, BLOCK), min(x, BLOCK)), blosc2.Filter.SHUFFLE)
     return write_stored(root, row, made.stored, content, layout, meta)
-
-
-def _coarse(cells: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Grids (Z, GRID, GRID) of the slices averaged over GRID cells along Z; fewer slices than that are repeated."""
-    num = len(cells)
-    edges = np.arange(GRID) * num // GRID
-    if num <= GRID:
-        return cells[edges].astype(np.float32)
-    sums = np.add.reduceat(cells.astype(np.float32), edges, 0)
-    return np.asarray(sums / np.diff(np.append(edges, num))[:, None, None], np.float32)
 
 
 # ---- a whole store
