@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from measure import print_lines
 from torch import Tensor
 from torch.nn import functional
-from volume_crops import make_ct, write_store
+from volume_crops import make_ct, render_plain, write_store
 
 from hilum.archive.store.isotropic import read_region
 from hilum.archive.store.store import Store
@@ -35,28 +36,10 @@ from hilum.pretrain.parallel import Replica
 from hilum.pretrain.presets import load_recipe
 from hilum.pretrain.recipe import Recipe
 from hilum.pretrain.volume_loader import Crops, DrawnCrops, volume_facts
-from hilum.pretrain.volume_render import WINDOW_QUANTILES, VolumeFacts
-from hilum.pretrain.volume_views import VolumeView
 from hilum.settings import override
 
 PLAIN_VIEWS = ["views.ct.gain=0", "views.ct.offset=0", "views.ct.noise=0", "views.mr.gain=0", "views.mr.offset=0"]
 PLAIN_VIEWS += ["views.mr.gamma=0", "views.mr.noise=0", "volumes.window=0.5", "run.num_workers=0"]
-
-
-def plain_crop(crops: Crops, key: str, view: VolumeView, facts: VolumeFacts) -> Tensor:
-    box = torch.from_numpy(read_region(crops.store, key, view.start, view.size).astype(np.float32))
-    box = box * facts.slope + facts.intercept
-    crop = functional.interpolate(box.permute(view.axes)[None, None], view.shape, mode="trilinear", align_corners=False)
-    crop = crop[0, 0].flip([axis for axis, flip in enumerate(view.flips) if flip])
-    if view.window and facts.clip:
-        counts, edges = np.histogram(crop.numpy(), 512, facts.clip)
-        below = np.cumsum(counts)
-        low, first, median, third, high = (edges[np.searchsorted(below, q * below[-1])] for q in WINDOW_QUANTILES)
-        spread = third - first if third - first >= 1 else max(high - low, 1.0)
-        level, width = median + 0.2 * spread * view.window[0], max(spread * (0.5 + 1.5 * view.window[1]), 10.0)
-        crop = crop.clamp(level - width / 2, level + width / 2)
-    crop = crop.clamp(*facts.clip) if facts.clip else crop
-    return (crop - facts.mean) / facts.std
 
 
 def plain_batch(crops: Crops, drawn: DrawnCrops, like: Batch) -> Batch:
@@ -65,8 +48,8 @@ def plain_batch(crops: Crops, drawn: DrawnCrops, like: Batch) -> Batch:
     made = []
     for volume in drawn.volumes:
         facts = volume_facts(crops.store, crops.store.row(volume.key), crops.contract)
-        made.append([plain_crop(crops, volume.key, view, facts) for view in volume.views])
-    views = [torch.stack([one[n] for one in made])[:, None] for n in range(len(made[0]))]
+        made.append(render_plain(partial(read_region, crops.store, volume.key), volume.views, facts))
+    views = [torch.from_numpy(np.stack([one[n] for one in made]))[:, None] for n in range(len(made[0]))]
     large, small = torch.cat(views[:num]), torch.cat(views[num:])
     return Batch(large, small, like.masks, like.hidden, like.points, like.foreground, like.num_rejected)
 
